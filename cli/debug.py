@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 _LOG_LINES = "5000"
-_MOST_BYTES = 32 << 20  # of one file of the bundle
+_MAX_BYTES = 32 << 20  # of one file of the bundle
 _CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
 
@@ -51,7 +51,7 @@ def bundle(options: argparse.Namespace) -> None:
         tarfile.open(fileobj=file, mode="w:gz") as tar,
     ):
         for name, content in _contents(client):
-            data = printable(content).encode()[:_MOST_BYTES]
+            data = printable(content).encode()[:_MAX_BYTES]
             member = tarfile.TarInfo(f"{folder}/{name}")
             member.size, member.mode, member.mtime = len(data), 0o600, int(time.time())
             tar.addfile(member, io.BytesIO(data))

@@ -24,7 +24,7 @@ from proto.runtime.v1 import cri_pb2
 Report = Callable[[str], None]
 
 _FIRST_POLL_SECONDS = 0.005
-_LONGEST_POLL_SECONDS = 0.25
+_MAX_POLL_SECONDS = 0.25
 _SANDBOX_SECONDS = 240.0
 
 
@@ -172,4 +172,4 @@ def wait_for_exit(client: Client, container_id: str) -> cri_pb2.ContainerStatus:
         if status.state not in (cri_pb2.CONTAINER_CREATED, cri_pb2.CONTAINER_RUNNING):
             return status
         time.sleep(pause)
-        pause = min(pause * 1.5, _LONGEST_POLL_SECONDS)
+        pause = min(pause * 1.5, _MAX_POLL_SECONDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from host.errors import WrongStateError
 
-_MOST_RELAYED = 64  # clients forwarded at the same time; further ones wait
+_MAX_RELAYED = 64  # clients forwarded at the same time; further ones wait
 _PIECE = 1 << 16
 _RETRY_SECONDS = 0.2  # pause after a failed accept, for example without free descriptors
 
@@ -75,7 +75,7 @@ class ActivatedSocket:
         if self._listening is None:
             return
         loop = asyncio.get_running_loop()
-        places = asyncio.Semaphore(_MOST_RELAYED)
+        places = asyncio.Semaphore(_MAX_RELAYED)
         async with asyncio.TaskGroup() as relays:
             while True:
                 await places.acquire()

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError
 
-_MOST_NAMES = 8
+_MAX_NAMES = 8
 
 
 def require_known(message: Message, path: str = "") -> None:
@@ -25,7 +25,7 @@ def require_known(message: Message, path: str = "") -> None:
                 require_known(value, where)
             elif value not in field.enum_type.values_by_number:
                 names = [item.name for item in field.enum_type.values]
-                allowed = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
+                allowed = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
                 raise InvalidArgumentError(f"{where}: {value} is not a {field.enum_type.name}: use one of {allowed}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 # message that the container never sends.
 _FOR_THIS_PROCESS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
-_MOST_DESCRIPTORS = 64
+_MAX_DESCRIPTORS = 64
 
 
 class ServiceManager:
@@ -37,7 +37,7 @@ class ServiceManager:
         own = str(os.getpid())
         watchdog = _number(taken["WATCHDOG_USEC"]) / 1e6 if taken["WATCHDOG_PID"] in ("", own) else 0.0
         count = _number(taken["LISTEN_FDS"]) if taken["LISTEN_PID"] == own else 0
-        return cls(taken["NOTIFY_SOCKET"], watchdog, _listening(min(count, _MOST_DESCRIPTORS)))
+        return cls(taken["NOTIFY_SOCKET"], watchdog, _listening(min(count, _MAX_DESCRIPTORS)))
 
     def ready(self, status: str) -> None:
         """Report that this service is ready, after a start or a reload."""

@@ -16,8 +16,8 @@ import msgspec
 
 T = TypeVar("T")
 
-MOST_BYTES = 1 << 20
-MOST_VALUES = 50_000
+MAX_BYTES = 1 << 20
+MAX_VALUES = 50_000
 DEEPEST = 64
 
 _PIECE = 16 << 10
@@ -36,25 +36,25 @@ def decode(
     content: bytes,
     kind: type[T],
     *,
-    most_bytes: int = MOST_BYTES,
-    most_values: int = MOST_VALUES,
+    max_bytes: int = MAX_BYTES,
+    max_values: int = MAX_VALUES,
     any_text: bool = False,
 ) -> T:
     """Decode ``content`` as ``kind`` (a type of msgspec). Raises JsonError.
 
     ``any_text``: bytes that are not UTF-8 and single surrogates in strings become U+FFFD, as in Go.
 
-    Limits: ``most_bytes``, about ``most_values`` members and items, and DEEPEST nested objects and lists. More than
+    Limits: ``max_bytes``, about ``max_values`` members and items, and DEEPEST nested objects and lists. More than
     some 32 KiB block the event loop: decode them in a thread.
     """
-    if len(content) > most_bytes:
-        raise JsonError(f"it is larger than {most_bytes} bytes")
-    _check_shape(content, most_values)
+    if len(content) > max_bytes:
+        raise JsonError(f"it is larger than {max_bytes} bytes")
+    _check_shape(content, max_values)
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         if any_text and (repaired := _repaired(content)) != content:
-            return decode(repaired, kind, most_bytes=len(repaired), most_values=most_values)
+            return decode(repaired, kind, max_bytes=len(repaired), max_values=max_values)
         raise JsonError(str(error)) from error
 
 
@@ -63,7 +63,7 @@ def _repaired(content: bytes) -> bytes:
     return _ESCAPE.sub(lambda match: rb"\ufffd" if match[1] else match[0], valid)
 
 
-def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file, also through links. Raises OSError, or JsonError if it is too large or no file.
 
     A FIFO or a device is refused without waiting for it.
@@ -72,15 +72,15 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise JsonError("it is not a regular file")
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise JsonError(f"it is larger than {most_bytes} bytes")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise JsonError(f"it is larger than {max_bytes} bytes")
     return content
 
 
-def _check_shape(content: bytes, most_values: int) -> None:
+def _check_shape(content: bytes, max_values: int) -> None:
     openings = content.count(b"[") + content.count(b"{")
-    if openings <= DEEPEST and openings + content.count(b",") <= most_values:
+    if openings <= DEEPEST and openings + content.count(b",") <= max_values:
         return  # so short a text cannot exceed the limits
     values = depth = begin = 0
     inside = False  # inside a string
@@ -104,5 +104,5 @@ def _check_shape(content: bytes, most_values: int) -> None:
                 raise JsonError(f"it nests more than {DEEPEST} objects and lists within each other")
             if depth < 0:
                 return  # it is not JSON: the decoder's message is better
-        if values > most_values:
-            raise JsonError(f"it has more than {most_values} values")
+        if values > max_values:
+            raise JsonError(f"it has more than {max_values} values")

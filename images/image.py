@@ -10,13 +10,13 @@ from host import untrusted_json
 from host.errors import InvalidArgumentError
 from host.untrusted_json import JsonError
 from images.oci.digests import check_digest, digest_of
-from images.oci.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MAX_LAYERS
 from images.oci.manifests import decode_json
 from images.oci.platforms import Platform
 
-_LONGEST_NUMBER = 19  # digits of 2^63
-_LONGEST_USER = 4096
-_LARGEST_KEPT = 16 << 20  # older versions accepted configs larger than LARGEST_CONFIG
+_MAX_NUMBER_LENGTH = 19  # digits of 2^63
+_MAX_USER_LENGTH = 4096
+_MAX_KEPT_BYTES = 16 << 20  # older versions accepted configs larger than MAX_CONFIG_BYTES
 
 
 class _RawConfig(msgspec.Struct, rename="pascal"):
@@ -107,14 +107,14 @@ def read_config(content: bytes, subject: str) -> ConfigFile:
     Raises InvalidArgumentError if it is malformed or has more layers than this node can mount. Decoding a file of
     megabytes blocks for tens of milliseconds.
     """
-    raw = decode_json(_with_proper_names(content), _RawImage, f"{subject}: its config", _LARGEST_KEPT)
+    raw = decode_json(_with_proper_names(content), _RawImage, f"{subject}: its config", _MAX_KEPT_BYTES)
     given = (raw.rootfs.diff_ids if raw.rootfs else None) or []
-    if len(given) > MOST_LAYERS:
-        raise InvalidArgumentError(f"{subject} has {len(given)} layers: this node can mount at most {MOST_LAYERS}")
+    if len(given) > MAX_LAYERS:
+        raise InvalidArgumentError(f"{subject} has {len(given)} layers: this node can mount at most {MAX_LAYERS}")
     diff_ids = tuple(check_digest(diff_id or "", f"{subject}: its config") for diff_id in given)
     fields = raw.config or _RawConfig()
-    if len(fields.user or "") > _LONGEST_USER:
-        raise InvalidArgumentError(f"{subject}: its config names a user of more than {_LONGEST_USER} characters")
+    if len(fields.user or "") > _MAX_USER_LENGTH:
+        raise InvalidArgumentError(f"{subject}: its config names a user of more than {_MAX_USER_LENGTH} characters")
     config = ImageConfig(
         user=fields.user or "",
         env=tuple(item for item in fields.env or () if item),
@@ -131,7 +131,7 @@ def read_config(content: bytes, subject: str) -> ConfigFile:
 def _with_proper_names(content: bytes, inside: str = "") -> bytes:
     """The same JSON object, with the names of known members as they are in the specification."""
     try:
-        members = untrusted_json.decode(content, dict[str, msgspec.Raw], most_bytes=_LARGEST_KEPT, any_text=True)
+        members = untrusted_json.decode(content, dict[str, msgspec.Raw], max_bytes=_MAX_KEPT_BYTES, any_text=True)
     except JsonError:
         return content  # decoding it fails with a better message
     proper = {name.lower(): name for name in _MEMBERS[inside]}
@@ -147,7 +147,7 @@ def _with_proper_names(content: bytes, inside: str = "") -> bytes:
 
 def numeric_user(user: str) -> int | None:
     """The first half of a USER as a number. None for a name; containerd also treats numbers from 2^63 as names."""
-    if not (user.isascii() and user.isdigit()) or len(user.lstrip("0")) > _LONGEST_NUMBER:
+    if not (user.isascii() and user.isdigit()) or len(user.lstrip("0")) > _MAX_NUMBER_LENGTH:
         return None
     number = int(user)
     return number if number < 1 << 63 else None

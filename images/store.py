@@ -26,8 +26,8 @@ from images.usage import FilesystemUsage
 
 _log = logging.getLogger("podkeel.images")
 
-SHORTEST_ID = 4
-_ID_PREFIX = re.compile(rf"(?:sha256:)?([0-9a-f]{{{SHORTEST_ID},64}})")
+MIN_ID_LENGTH = 4
+_ID_PREFIX = re.compile(rf"(?:sha256:)?([0-9a-f]{{{MIN_ID_LENGTH},64}})")
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import msgspec
 from metrics.stats import CpuUsage, MemoryReading, PressureReading
 
 WINDOW_NS = 10_000_000_000
-SHORTEST_NS = 200_000_000
+MIN_WINDOW_NS = 200_000_000
 
 
 class CpuWindow:
@@ -37,14 +37,14 @@ class CpuWindow:
         if usage.time_ns - self._newer.time_ns >= WINDOW_NS:
             self._older, self._newer = self._newer, usage
         elapsed = usage.time_ns - self._older.time_ns
-        if elapsed >= SHORTEST_NS:
+        if elapsed >= MIN_WINDOW_NS:
             self._last = (usage.usage_ns - self._older.usage_ns) * 1_000_000_000 // elapsed
         return self._last
 
 
 def _was_set_back(before: CpuUsage, after: CpuUsage) -> bool:
     """Whether the counter or the clock was set back. A small step back only means that two threads overlapped."""
-    return after.usage_ns < before.usage_ns or after.time_ns < before.time_ns - SHORTEST_NS
+    return after.usage_ns < before.usage_ns or after.time_ns < before.time_ns - MIN_WINDOW_NS
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ POD_INTERFACE = "eth0"
 
 _LINK = re.compile(r"pk[0-9a-f]{13}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_LARGEST_MTU = 65535
+_MAX_MTU = 65535
 
 
 class PortMapping(msgspec.Struct, frozen=True):
@@ -108,7 +108,7 @@ def check_attachment(attachment: Attachment) -> None:
         raise ValueError(f"its MAC {attachment.mac!r} is invalid")
     if attachment.interface != POD_INTERFACE:
         raise ValueError(f"its interface {attachment.interface!r} is not {POD_INTERFACE}")
-    if not 0 <= attachment.mtu <= _LARGEST_MTU:
+    if not 0 <= attachment.mtu <= _MAX_MTU:
         raise ValueError(f"its MTU {attachment.mtu} is invalid")
 
 

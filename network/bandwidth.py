@@ -29,15 +29,15 @@ from network.rtnetlink import add_ifb
 
 INGRESS_ANNOTATION = "kubernetes.io/ingress-bandwidth"
 EGRESS_ANNOTATION = "kubernetes.io/egress-bandwidth"
-LOWEST_RATE = 1_000
-HIGHEST_RATE = 10**15
+MIN_RATE = 1_000
+MAX_RATE = 10**15
 
 # A burst of this many seconds of the rate keeps the link busy when a timer is late. It hardly changes the average.
 _BURST_SECONDS = 0.02
-_SMALLEST_BURST_PACKETS = 4
+_MIN_BURST_PACKETS = 4
 _QUEUE_SECONDS = 0.05
 _ETHERNET_HEADER = 14
-_LARGEST_NUMBER = 2**32 - 1
+_MAX_NUMBER = 2**32 - 1
 _ETHERNET = 1  # TC_LINKLAYER_ETHERNET, in the byte of struct tc_ratespec that pyroute2 names reserved
 
 _TOKEN_BUCKET_HANDLE = 0x00010000
@@ -65,15 +65,15 @@ def _rate(name: str, text: str) -> int:
         raise InvalidArgumentError(
             f"annotation {name}: {text!r} is not a quantity such as 10M (bits per second)"
         ) from None
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+    if not MIN_RATE <= rate <= MAX_RATE:
         raise InvalidArgumentError(f"annotation {name}: {text!r} is out of range: use 1k to 1P bits per second")
     return int(rate)
 
 
 def burst_bytes(rate: int, mtu: int) -> int:
     """The number of bytes that may pass in one burst at ``rate`` bits per second."""
-    smallest = _SMALLEST_BURST_PACKETS * (mtu + _ETHERNET_HEADER)
-    return min(max(int(rate / 8 * _BURST_SECONDS), smallest), _LARGEST_NUMBER)
+    smallest = _MIN_BURST_PACKETS * (mtu + _ETHERNET_HEADER)
+    return min(max(int(rate / 8 * _BURST_SECONDS), smallest), _MAX_NUMBER)
 
 
 def limit(route: NetlinkSocket, attachment: Attachment) -> None:
@@ -101,15 +101,15 @@ def _token_bucket(index: int, rate: int, mtu: int) -> Message:
     """A token bucket at the root of the link (struct tc_tbf_qopt of linux/pkt_sched.h)."""
     bytes_per_second = max(rate // 8, 1)
     burst = burst_bytes(rate, mtu)
-    queue = min(burst + int(bytes_per_second * _QUEUE_SECONDS), _LARGEST_NUMBER)
+    queue = min(burst + int(bytes_per_second * _QUEUE_SECONDS), _MAX_NUMBER)
     parameters = {
         "rate_cell_log": 0,
         "rate___reserved": _ETHERNET,
-        "rate": min(bytes_per_second, _LARGEST_NUMBER),
+        "rate": min(bytes_per_second, _MAX_NUMBER),
         "limit": queue,
     }
     options: list[Attribute] = [("TCA_TBF_PARMS", parameters), ("TCA_TBF_BURST", burst)]
-    if bytes_per_second > _LARGEST_NUMBER:
+    if bytes_per_second > _MAX_NUMBER:
         options.append(("TCA_TBF_RATE64", bytes_per_second))
     found = [("TCA_KIND", "tbf"), ("TCA_OPTIONS", {"attrs": options})]
     fields = {"index": index, "handle": _TOKEN_BUCKET_HANDLE, "parent": rtnl.TC_H_ROOT}

@@ -12,14 +12,14 @@ from host.errors import InvalidArgumentError, LimitError, WrongStateError
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
-_LARGEST_PREFIX = {4: 30, 6: 126}
-_LARGEST_RANGES = 16
+_MAX_PREFIX = {4: 30, 6: 126}
+_MAX_RANGES = 16
 
 
 def parse_ranges(cidrs: Sequence[str]) -> tuple[IPNetwork, ...]:
     """Parse ``cidrs``. Raises InvalidArgumentError for a range that pods cannot use."""
-    if not 1 <= len(cidrs) <= _LARGEST_RANGES:
-        raise InvalidArgumentError(f"pod CIDRs: {len(cidrs)} ranges given: give 1 to {_LARGEST_RANGES}")
+    if not 1 <= len(cidrs) <= _MAX_RANGES:
+        raise InvalidArgumentError(f"pod CIDRs: {len(cidrs)} ranges given: give 1 to {_MAX_RANGES}")
     ranges = tuple(_parse_range(cidr) for cidr in cidrs)
     for position, network in enumerate(ranges):
         for other in ranges[:position]:
@@ -33,7 +33,7 @@ def _parse_range(cidr: str) -> IPNetwork:
         network = ip_network(cidr.strip())
     except ValueError as error:
         raise InvalidArgumentError(f"pod CIDR {cidr!r} is not an address range: {error}") from error
-    if network.prefixlen > _LARGEST_PREFIX[network.version]:
+    if network.prefixlen > _MAX_PREFIX[network.version]:
         raise InvalidArgumentError(f"pod CIDR {network} is too small for a gateway and pods")
     if network.is_multicast or network.is_loopback or network.is_link_local or network.network_address.is_unspecified:
         raise InvalidArgumentError(f"pod CIDR {network} is loopback, link-local, multicast or unspecified space")

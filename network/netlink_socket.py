@@ -30,7 +30,7 @@ from network.netlink import (
 _NETLINK_CAP_ACK = 10
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _BUFFER_BYTES = 8 * 1024 * 1024
-_LARGEST_DATAGRAM = 65536
+_MAX_DATAGRAM_BYTES = 65536
 _REPLY_SECONDS = 10
 _DUMP_TRIES = 3
 
@@ -166,7 +166,7 @@ class NetlinkSocket:
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """Type, flags, sequence number and body of each message in the next datagram from the kernel."""
         try:
-            data, _, flags, (sender, _) = self._socket.recvmsg(_LARGEST_DATAGRAM)
+            data, _, flags, (sender, _) = self._socket.recvmsg(_MAX_DATAGRAM_BYTES)
         except BlockingIOError:
             raise OSError(errno.ETIMEDOUT, f"the kernel did not answer within {_REPLY_SECONDS} s") from None
         except OSError as error:
@@ -174,7 +174,7 @@ class NetlinkSocket:
                 self._drop_answers()  # otherwise the kernel would also drop answers to the next request
             raise
         if flags & socket.MSG_TRUNC:
-            raise OSError(errno.EMSGSIZE, f"the kernel's answer is longer than {_LARGEST_DATAGRAM} bytes")
+            raise OSError(errno.EMSGSIZE, f"the kernel's answer is longer than {_MAX_DATAGRAM_BYTES} bytes")
         if sender != 0:
             return  # another process sent it: the kernel's address is 0
         offset = 0

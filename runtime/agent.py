@@ -234,7 +234,7 @@ class Agent:
             cgroups=cgroups,
             images=self.images,
             monitors=monitors,
-            most_bytes=self._images.max_layer_bytes,
+            max_bytes=self._images.max_layer_bytes,
         )
         self.starts = ContainerStart(state, handlers, hooks, self.exits, self.stops, checkpoints=self.checkpoints)
         self.removals = ContainerRemove(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class CheckpointService:
     """Makes checkpoints of containers. ``support`` knows which runtime handlers can.
 
-    At most ``most_bytes`` are taken from one checkpoint.
+    At most ``max_bytes`` are taken from one checkpoint.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class CheckpointService:
         cgroups: CgroupTree,
         images: Images,
         monitors: Monitors,
-        most_bytes: int,
+        max_bytes: int,
     ) -> None:
         self._options = options
-        self.most_bytes = most_bytes
+        self.max_bytes = max_bytes
         self._state = state
         self._handlers = handlers
         self._layout = layout
@@ -102,7 +102,7 @@ class CheckpointService:
         from runtime.checkpoint.restore import archive_file
         from runtime.checkpoint.restore.restores import Source
 
-        opening = partial(archive_file.open_allowed, path, self._options.archive_dirs, self.most_bytes)
+        opening = partial(archive_file.open_allowed, path, self._options.archive_dirs, self.max_bytes)
         descriptor = await acquired(in_long_thread, opening, os.close)
         held.callback(os.close, descriptor)
         found = await stoppable(partial(image.look_through, descriptor, Path(path)))

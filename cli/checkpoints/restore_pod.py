@@ -23,8 +23,8 @@ from host.untrusted_json import JsonError
 from proto.runtime.v1 import cri_pb2
 
 _DOCUMENT = "pod.json"
-_LARGEST = 16 << 20
-_MOST_VALUES = 500_000
+_MAX_DOCUMENT_BYTES = 16 << 20
+_MAX_VALUES = 500_000
 
 
 class _Pod(msgspec.Struct, rename="camel"):
@@ -87,8 +87,8 @@ def restore_pod(options: argparse.Namespace) -> None:
 def _read(folder: Path) -> _Document:
     path = folder / _DOCUMENT
     try:
-        content = untrusted_json.read_file(path, _LARGEST)
-        return untrusted_json.decode(content, _Document, most_bytes=_LARGEST, most_values=_MOST_VALUES)
+        content = untrusted_json.read_file(path, _MAX_DOCUMENT_BYTES)
+        return untrusted_json.decode(content, _Document, max_bytes=_MAX_DOCUMENT_BYTES, max_values=_MAX_VALUES)
     except OSError as error:
         raise InvalidArgumentError(f"{folder} holds no checkpoint of a pod: {path}: {error.strerror}") from error
     except JsonError as error:

@@ -242,7 +242,7 @@ class SizeReader:
 
 def _parse_size(text: bytes) -> TerminalSize | None:
     try:
-        given = untrusted_json.decode(text, dict[str, Any], most_bytes=_SIZE_TEXT_LIMIT)
+        given = untrusted_json.decode(text, dict[str, Any], max_bytes=_SIZE_TEXT_LIMIT)
         fields = {name.lower(): value for name, value in given.items()}
         width, height = int(fields["width"]), int(fields["height"])
     except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: a number is infinite

@@ -29,10 +29,10 @@ from host.errors import printable
 from host.files import descriptors
 from host.stages import open_stages
 
-MOST_BYTES = 4 << 20
-_MOST_TASKS = 2000
-_MOST_FRAMES = 30
-_MOST_STAGES = 2000
+MAX_BYTES = 4 << 20
+_MAX_TASKS = 2000
+_MAX_FRAMES = 30
+_MAX_STAGES = 2000
 
 _log = logging.getLogger("podkeel.diagnosis")
 
@@ -54,11 +54,11 @@ def write_on_signal(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def diagnosis(loop: asyncio.AbstractEventLoop) -> str:
-    """The whole text, of at most ``MOST_BYTES``. Blocks for some milliseconds: for a thread."""
+    """The whole text, of at most ``MAX_BYTES``. Blocks for some milliseconds: for a thread."""
     parts = itertools.chain(_process(), _stages(), _pools(), _descriptors(), _threads(), _tasks(loop))
     text = printable("\n".join(parts))
-    cut = text.encode()[:MOST_BYTES].decode(errors="ignore")
-    return cut if cut == text else f"{cut}\n… cut off after {MOST_BYTES} bytes"
+    cut = text.encode()[:MAX_BYTES].decode(errors="ignore")
+    return cut if cut == text else f"{cut}\n… cut off after {MAX_BYTES} bytes"
 
 
 def _process() -> Iterator[str]:
@@ -71,7 +71,7 @@ def _process() -> Iterator[str]:
 def _stages() -> Iterator[str]:
     stages = open_stages()
     yield f"\n== open stages: {len(stages)}"
-    for operation, stage in stages[:_MOST_STAGES]:
+    for operation, stage in stages[:_MAX_STAGES]:
         seconds = (time.time_ns() - stage.started) / 1e9
         yield f"{operation.name} {operation.subject}: {stage.name}: for {seconds:.3f} s"
 
@@ -105,7 +105,7 @@ def _threads() -> Iterator[str]:
     yield f"\n== threads: {len(frames)}"
     for ident, frame in frames.items():
         yield f"-- {names.get(ident, 'of a library')} ({ident})"
-        yield from _shown(traceback.extract_stack(frame, _MOST_FRAMES))
+        yield from _shown(traceback.extract_stack(frame, _MAX_FRAMES))
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
@@ -115,14 +115,14 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
         yield f"\n== tasks: unknown: {error}"
         return
     yield f"\n== tasks: {len(tasks)}"
-    for task in tasks[:_MOST_TASKS]:
+    for task in tasks[:_MAX_TASKS]:
         yield f"-- {task.get_name()}: {getattr(task.get_coro(), '__qualname__', '?')}"
         yield from _shown(traceback.StackSummary.extract(_frames(task.get_coro())))
 
 
 def _frames(coroutine: Any) -> Iterator[tuple[FrameType, int]]:
     """The frames of a suspended coroutine, from its outermost call to the one that waits."""
-    for _ in range(_MOST_FRAMES):
+    for _ in range(_MAX_FRAMES):
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
         frame = frame or getattr(coroutine, "ag_frame", None)
         if frame is None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _SECONDS = 60.0
-_MOST = 3  # equal lines in that time; one with a traceback
-_MOST_ALIKE = 300  # lines in that time that differ in what they name
+_MAX_EQUAL = 3  # equal lines in that time; one with a traceback
+_MAX_ALIKE = 300  # lines in that time that differ in what they name
 _REMEMBERED = 1000
 
 
@@ -64,8 +64,8 @@ class RepeatedLines(logging.Filter):
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()
         self._handler = handler
-        self._equal = _Minutes(_MOST)
-        self._alike = _Minutes(_MOST_ALIKE)
+        self._equal = _Minutes(_MAX_EQUAL)
+        self._alike = _Minutes(_MAX_ALIKE)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""

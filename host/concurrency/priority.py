@@ -6,7 +6,7 @@ import contextlib
 import os
 
 _NICENESS = -10
-_LEAST_NICE = -20
+_MIN_NICE = -20
 
 
 def raise_priority() -> None:
@@ -30,4 +30,4 @@ def run_before_children(pid: int) -> None:
     """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-        os.setpriority(os.PRIO_PROCESS, pid, _LEAST_NICE)
+        os.setpriority(os.PRIO_PROCESS, pid, _MIN_NICE)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from host.errors import LimitError
 
-_MOST = 256  # descriptors in reserve
+_MAX_RESERVE = 256  # descriptors in reserve
 FOLDER = Path("/proc/self/fd")
 
 
@@ -54,7 +54,7 @@ def _count() -> int:
 
 
 def _reserve() -> int:
-    return min(_MOST, limit() // 8)
+    return min(_MAX_RESERVE, limit() // 8)
 
 
 def scarce(use: Use = Use.STREAMS_AND_IMAGES) -> bool:

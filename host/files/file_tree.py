@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
 
-MOST_OPEN = 32  # folders of one path that are open at the same time, without the root
-MOST_WAITING = 200_000  # names of folders that a walk keeps until it enters them
+MAX_OPEN = 32  # folders of one path that are open at the same time, without the root
+MAX_WAITING = 200_000  # names of folders that a walk keeps until it enters them
 
 _BELOW = libc.RESOLVE_NO_XDEV | libc.RESOLVE_NO_MAGICLINKS | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_LONGEST_SHOWN = 200
+_MAX_SHOWN_LENGTH = 200
 
 
 def open_below(folder: int, name: str | bytes, flags: int, resolve: int = _BELOW) -> int:
@@ -77,7 +77,7 @@ class FolderStack:
     def enter(self, name: str | bytes) -> None:
         """Enter the folder ``name``. Raises OSError if it is no folder, may not be entered, or cannot be opened."""
         self._levels.append(_Level(open_below(self.descriptor, name, _FOLDER, self._resolve)))
-        too_high = len(self._levels) - 1 - MOST_OPEN
+        too_high = len(self._levels) - 1 - MAX_OPEN
         if too_high > 0 and self._levels[too_high].descriptor >= 0:
             os.close(self._levels[too_high].descriptor)
             self._levels[too_high].descriptor = -1
@@ -126,7 +126,7 @@ class Walk:
 
     A step is valid until the next one. ``on_error`` is called with the place of an object that cannot be opened or
     listed, and the walk continues. ``left_out`` says afterwards whether the walk left out more than that: more than
-    ``most_waiting`` folders waited, or a folder was moved meanwhile. ``into_mounts``: mounts below the root are
+    ``max_waiting`` folders waited, or a folder was moved meanwhile. ``into_mounts``: mounts below the root are
     entered.
     """
 
@@ -135,13 +135,13 @@ class Walk:
         root: int,
         *,
         on_error: Callable[[str, OSError], None] | None = None,
-        most_waiting: int = MOST_WAITING,
+        max_waiting: int = MAX_WAITING,
         into_mounts: bool = False,
     ) -> None:
         self._root = root
         self._into_mounts = into_mounts
         self._on_error = on_error
-        self._room = most_waiting
+        self._room = max_waiting
         self._names: list[str] = []
         self.left_out = False
 
@@ -212,5 +212,5 @@ def shown(path: str) -> str:
     """A path for messages: names that are not UTF-8 are escaped, a long path is shortened in the middle."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    half = _LONGEST_SHOWN // 2
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:half]}…{text[-half:]}"
+    half = _MAX_SHOWN_LENGTH // 2
+    return text if len(text) <= _MAX_SHOWN_LENGTH else f"{text[:half]}…{text[-half:]}"

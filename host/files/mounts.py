@@ -27,7 +27,7 @@ MS_SHARED = 1 << 20
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
-_MOST_SECONDS_BUSY = 10.0
+_MAX_SECONDS_BUSY = 10.0
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -70,7 +70,7 @@ def make_file_system_read_only(target: str, flags: int) -> None:
     The kernel refuses while any process has a file open for writing. A child that another thread is starting has all
     descriptors until its execve, also those that were closed since. So this function waits for it.
     """
-    deadline = time.monotonic() + _MOST_SECONDS_BUSY
+    deadline = time.monotonic() + _MAX_SECONDS_BUSY
     while True:
         try:
             libc.mount("", target, "", MS_REMOUNT | MS_RDONLY | flags, "")

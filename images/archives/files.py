@@ -10,7 +10,7 @@ from pathlib import Path
 from host import libc
 from host.errors import InvalidArgumentError, NotFoundError
 
-LARGEST_HEADER = 1 << 20  # bytes of the header records of one member
+MAX_HEADER_BYTES = 1 << 20  # bytes of the header records of one member
 
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -59,8 +59,8 @@ class BoundedTarInfo(tarfile.TarInfo):
     """Refuses headers with which an archive could fill the memory: long records, and maps of sparse files."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in (*_EXTENDED, *_LONG) and self.size > LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header is larger than {LARGEST_HEADER} bytes")
+        if self.type in (*_EXTENDED, *_LONG) and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header is larger than {MAX_HEADER_BYTES} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError(f"{self.name!r} is a sparse file: make the archive without --sparse")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # tarfile's own hook

@@ -24,13 +24,13 @@ from images.content.manifest_search import Document, FoundImage, Wanted, advance
 from images.content.source import Candidate
 from images.image import ConfigFile, read_config
 from images.oci import digests
-from images.oci.manifests import LARGEST_CONFIG, LARGEST_MANIFEST, Descriptor, decode_json, parse_manifest
+from images.oci.manifests import MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, Descriptor, decode_json, parse_manifest
 from images.oci.platforms import this_machine
 from images.oci.reference import Reference, parse
 
 _CHUNK = 1 << 20
-_MOST_MEMBERS = 100_000
-_LONGEST_NAMES = 8192
+_MAX_MEMBERS = 100_000
+_MAX_NAMES_LENGTH = 8192
 _NESTING = 4
 _NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
@@ -107,10 +107,10 @@ class ImageArchive:
             with tarfile.open(fileobj=self._file, mode="r:", tarinfo=BoundedTarInfo) as archive:
                 for member in archive:
                     member.pax_headers = {}  # may be large, and tarfile keeps all members
-                    if len(member.name) + len(member.linkname) > _LONGEST_NAMES:
-                        raise tarfile.ReadError(f"a name is longer than {_LONGEST_NAMES} bytes")
-                    if len(self._members) >= _MOST_MEMBERS:
-                        raise LimitError(f"image archive {self._path} has more than {_MOST_MEMBERS} members")
+                    if len(member.name) + len(member.linkname) > _MAX_NAMES_LENGTH:
+                        raise tarfile.ReadError(f"a name is longer than {_MAX_NAMES_LENGTH} bytes")
+                    if len(self._members) >= _MAX_MEMBERS:
+                        raise LimitError(f"image archive {self._path} has more than {_MAX_MEMBERS} members")
                     name = posixpath.normpath(member.name)
                     if member.issym() or member.islnk():
                         base = posixpath.dirname(name) if member.issym() else ""
@@ -206,7 +206,7 @@ class ImageArchive:
     def _docker_images(self, reference: str) -> list[Candidate]:
         subject = f"image archive {self._path}: manifest.json"
         entries: list[_DockerImage] = decode_json(
-            self.read("manifest.json", LARGEST_MANIFEST), list[_DockerImage], subject, LARGEST_MANIFEST
+            self.read("manifest.json", MAX_MANIFEST_BYTES), list[_DockerImage], subject, MAX_MANIFEST_BYTES
         )
         found = []
         for entry in entries:
@@ -214,7 +214,7 @@ class ImageArchive:
             members = {f"#{index}": posixpath.normpath(name) for index, name in enumerate(entry.layers)}
             for name in members.values():
                 self._member(name) if self._file else None
-            content = self.read(posixpath.normpath(entry.config), LARGEST_CONFIG)
+            content = self.read(posixpath.normpath(entry.config), MAX_CONFIG_BYTES)
             config = read_config(content, f"image {names[0] if names else entry.config} in {self._path}")
             found.append(self._docker_candidate(config, list(members.values()), names))
         return found
@@ -234,7 +234,7 @@ class ImageArchive:
         )
 
     def _oci_images(self, reference: str) -> list[Candidate]:
-        index = parse_manifest(self.read("index.json", LARGEST_MANIFEST), f"{self._path}: index.json")
+        index = parse_manifest(self.read("index.json", MAX_MANIFEST_BYTES), f"{self._path}: index.json")
         found = []
         for descriptor in index.manifests or ():
             names = self._names(descriptor, reference, alone=len(index.manifests or ()) == 1)
@@ -255,7 +255,7 @@ class ImageArchive:
 
     def _search(self, descriptor: Descriptor, subject: str) -> FoundImage:
         """The image for this machine in an entry of the layout."""
-        top = Document(self._blob(descriptor, LARGEST_MANIFEST, subject), descriptor.media_type)
+        top = Document(self._blob(descriptor, MAX_MANIFEST_BYTES, subject), descriptor.media_type)
         search = find_image(top, descriptor.digest, this_machine(), subject)
         found = advance(search, None)
         while isinstance(found, Wanted):

@@ -16,9 +16,9 @@ from images.content.trash import Trash
 from images.oci.digests import is_digest
 
 _CHUNK = 1 << 20
-_SHORTEST_WAIT = 1.0
+_MIN_WAIT_SECONDS = 1.0
 OTHER_REGISTRY_SECONDS = 5.0  # seconds to wait for a transfer from another registry
-_MOST_CHUNKS = 512  # of one writev(2)
+_MAX_CHUNKS = 512  # of one writev(2)
 
 
 class PartialBlob:
@@ -55,8 +55,8 @@ class PartialBlob:
 
 def write_all(descriptor: int, chunks: Sequence[bytes]) -> None:
     """Write all ``chunks`` with few system calls; blocks."""
-    for begin in range(0, len(chunks), _MOST_CHUNKS):
-        some = chunks[begin : begin + _MOST_CHUNKS]
+    for begin in range(0, len(chunks), _MAX_CHUNKS):
+        some = chunks[begin : begin + _MAX_CHUNKS]
         written = os.writev(descriptor, some)
         if written < sum(map(len, some)):
             rest = memoryview(b"".join(some))
@@ -241,7 +241,7 @@ class PartialBlobs:
     def _schedule_drop(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(max(seconds, _SHORTEST_WAIT), self._start_drop)
+        self._timer = asyncio.get_running_loop().call_later(max(seconds, _MIN_WAIT_SECONDS), self._start_drop)
 
     def _start_drop(self) -> None:
         self._timer = None

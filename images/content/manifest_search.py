@@ -13,9 +13,9 @@ from host.errors import InvalidArgumentError, UnsupportedError
 from images.image import ConfigFile, read_config
 from images.oci import digests
 from images.oci.manifests import (
-    LARGEST_CONFIG,
-    LARGEST_MANIFEST,
     MANIFEST_TYPES,
+    MAX_CONFIG_BYTES,
+    MAX_MANIFEST_BYTES,
     Descriptor,
     Manifest,
     check_is_image,
@@ -24,7 +24,7 @@ from images.oci.manifests import (
 from images.oci.platforms import OTHER_ARCHITECTURE, Platform, suitability
 
 _NESTING = 4  # depth of indexes within indexes
-_MOST_READ = 40  # manifests of one search
+_MAX_READ = 40  # manifests of one search
 _REFERENCE_TYPE = "vnd.docker.reference.type"  # BuildKit's annotation of attestations
 _NO_ARCHITECTURE = 1  # suitability of a config that names no architecture
 _PERFECT = 99
@@ -40,7 +40,7 @@ class Wanted:
     @property
     def limit(self) -> int:
         """The maximum size in bytes."""
-        return LARGEST_MANIFEST if self.is_manifest else LARGEST_CONFIG
+        return MAX_MANIFEST_BYTES if self.is_manifest else MAX_CONFIG_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,9 @@ class _Search:
             if score and best is not None:
                 continue  # entries are sorted by suitability, so this one is no better
             self.read += 1
-            if self.read > _MOST_READ:
+            if self.read > _MAX_READ:
                 raise InvalidArgumentError(
-                    f"{self.subject}: its indexes have more than {_MOST_READ} images that name no platform: build it "
+                    f"{self.subject}: its indexes have more than {_MAX_READ} images that name no platform: build it "
                     "again with a platform for each"
                 )
             document = yield Wanted(descriptor, is_manifest=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from host.errors import KubeletReasonError
 from host.files import descriptors
 
-MOST = 16
+MAX_SLOTS = 16
 _LIMIT_FACTOR = 2  # factor for the limit of all slots; each has two processes, some descriptors and a thread
 WAIT_SECONDS = 30.0  # seconds that a pull waits for a slot while its registry has its share
 MAX_WAIT_SECONDS = 300.0  # seconds that a registry without a slot waits if there are more registries than slots
@@ -99,7 +99,7 @@ class Slots:
     layer gets a slot also if only the waiting pull may have one.
     """
 
-    def __init__(self, usual: int, most: int = MOST, limit: int | None = None) -> None:
+    def __init__(self, usual: int, most: int = MAX_SLOTS, limit: int | None = None) -> None:
         self._usual = usual
         self._shared = max(usual, most - most // _RESERVED_PART)
         self._most = max(most, self._shared + most // _RESERVED_PART)

@@ -14,7 +14,7 @@ from host import untrusted_json
 from host.errors import InvalidArgumentError, UnsupportedError
 from host.untrusted_json import JsonError
 from images.oci.digests import check_digest
-from images.oci.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MAX_LAYERS
 
 T = TypeVar("T")
 
@@ -26,10 +26,10 @@ DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
 MANIFEST_TYPES = (OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST)
-LARGEST_MANIFEST = 4 << 20  # OCI distribution specification, "Pushing Manifests"
-LARGEST_CONFIG = 8 << 20
+MAX_MANIFEST_BYTES = 4 << 20  # OCI distribution specification, "Pushing Manifests"
+MAX_CONFIG_BYTES = 8 << 20
 
-_LARGEST_SIZE = 1 << 50  # of a blob, in bytes
+_MAX_BLOB_BYTES = 1 << 50  # of a blob, in bytes
 _SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
 _LAYER_TYPES = (
     "application/vnd.oci.image.layer.v1.tar",
@@ -113,17 +113,17 @@ def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
     if any(name.startswith(_SCHEMA_1) for name in types):
         raise _schema_1(subject)
     try:
-        raw = untrusted_json.decode(content, _RawManifest, most_bytes=LARGEST_MANIFEST, any_text=True)
+        raw = untrusted_json.decode(content, _RawManifest, max_bytes=MAX_MANIFEST_BYTES, any_text=True)
     except JsonError as error:
-        limit = f"; an image has at most {MOST_LAYERS} layers" if content.count(b'"digest"') > MOST_LAYERS else ""
+        limit = f"; an image has at most {MAX_LAYERS} layers" if content.count(b'"digest"') > MAX_LAYERS else ""
         raise InvalidArgumentError(f"{subject} is not a valid manifest: {error}{limit}") from error
     if raw.schema_version == 1 or _present(raw.fs_layers):
         raise _schema_1(subject)
     if raw.schema_version not in (None, 2):
         raise InvalidArgumentError(f"{subject} is not a valid manifest: schemaVersion is not 2")
-    if len(raw.layers or ()) > MOST_LAYERS:
+    if len(raw.layers or ()) > MAX_LAYERS:
         raise InvalidArgumentError(
-            f"{subject} has {len(raw.layers or ())} layers: this node can mount at most {MOST_LAYERS}"
+            f"{subject} has {len(raw.layers or ())} layers: this node can mount at most {MAX_LAYERS}"
         )
     _check_unambiguous(content, raw, types, subject)
     manifest = Manifest(
@@ -201,7 +201,7 @@ def _check_descriptor(descriptor: Descriptor, subject: str) -> None:
     check_digest(descriptor.digest, subject)
     if descriptor.size < 0:
         raise InvalidArgumentError(f"{subject} is not a valid manifest: {descriptor.digest} has no size")
-    if descriptor.size > _LARGEST_SIZE:
+    if descriptor.size > _MAX_BLOB_BYTES:
         raise InvalidArgumentError(
             f"{subject} is not a valid manifest: {descriptor.digest} has an impossible size of {descriptor.size} bytes"
         )
@@ -225,10 +225,10 @@ def check_is_image(manifest: Manifest, subject: str) -> Descriptor:
     return config
 
 
-def decode_json(content: bytes, kind: type[T], subject: str, most_bytes: int) -> T:
+def decode_json(content: bytes, kind: type[T], subject: str, max_bytes: int) -> T:
     """Decode ``content`` as ``kind``. Otherwise InvalidArgumentError naming ``subject``."""
     try:
-        return untrusted_json.decode(content, kind, most_bytes=most_bytes, any_text=True)
+        return untrusted_json.decode(content, kind, max_bytes=max_bytes, any_text=True)
     except JsonError as error:
         raise InvalidArgumentError(f"{subject} is not valid: {error}") from error
 

@@ -10,7 +10,7 @@ from images.oci.digests import is_digest
 
 DEFAULT_DOMAIN = "docker.io"
 _OTHER_NAMES_OF_DEFAULT = ("index.docker.io", "registry-1.docker.io", "registry.hub.docker.com")
-_LONGEST_NAME = 255
+_MAX_NAME_LENGTH = 255
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 _DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:.]+\])(?::[0-9]+)?")
@@ -86,9 +86,9 @@ def _check_name(text: str, domain: str, path: str) -> None:
         if not _COMPONENT.fullmatch(component):
             hint = " (names are lower case)" if _COMPONENT.fullmatch(component.lower()) else ""
             raise InvalidArgumentError(f"image reference {text!r}: {component!r} is not a valid name{hint}")
-    if len(domain) + 1 + len(path) > _LONGEST_NAME:
+    if len(domain) + 1 + len(path) > _MAX_NAME_LENGTH:
         raise InvalidArgumentError(
-            f"image reference {text[:60]!r}…: the name is longer than {_LONGEST_NAME} characters"
+            f"image reference {text[:60]!r}…: the name is longer than {_MAX_NAME_LENGTH} characters"
         )
     if _HEX_ID.fullmatch(path.removeprefix("library/")):
         raise InvalidArgumentError(f"image reference {text!r} is an image id, not a name that can be pulled")

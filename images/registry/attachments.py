@@ -19,11 +19,11 @@ from images.oci.manifests import Descriptor
 from images.registry.client import RegistryClient
 from images.signatures import bundles
 from images.signatures.attachment import Attachment
-from images.signatures.claims import LARGEST
+from images.signatures.claims import MAX_CLAIM_BYTES
 
 T = TypeVar("T")
 
-MOST = 32  # signatures of one image
+MAX_SIGNATURES = 32  # signatures of one image
 
 _PAYLOAD_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json"
 _SIGNATURE_ARTIFACT = "application/vnd.dev.cosign.artifact.sig.v1+json"
@@ -48,12 +48,12 @@ class _Referrer(Descriptor, frozen=True, rename="camel"):
 
 
 async def attachments(client: RegistryClient, digest: str) -> AsyncGenerator[Attachment, None]:
-    """The sigstore signatures of the manifest ``digest`` that its repository has, MOST at most."""
+    """The sigstore signatures of the manifest ``digest`` that its repository has, MAX_SIGNATURES at most."""
     count = 0
     async with aclosing(_layers(client, digest)) as layers:
         async for layer in layers:
             count += 1
-            if count > MOST:
+            if count > MAX_SIGNATURES:
                 return
             yield await _attachment(client, layer)
 
@@ -61,7 +61,7 @@ async def attachments(client: RegistryClient, digest: str) -> AsyncGenerator[Att
 async def _attachment(client: RegistryClient, layer: _Layer) -> Attachment:
     annotations = layer.annotations or {}
     return Attachment(
-        await client.small_blob(layer, LARGEST),
+        await client.small_blob(layer, MAX_CLAIM_BYTES),
         is_bundle=layer.media_type in bundles.MEDIA_TYPES,
         signature=annotations.get("dev.cosignproject.cosign/signature", ""),
         certificate=annotations.get(f"{_PREFIX}certificate", ""),
@@ -85,7 +85,7 @@ async def _manifests(client: RegistryClient, digest: str) -> AsyncGenerator[_Man
     except NotFoundError:
         pass
     for kind in (_SIGNATURE_ARTIFACT, *bundles.MEDIA_TYPES):
-        for referrer in (await _referrers(client, digest, kind))[:MOST]:
+        for referrer in (await _referrers(client, digest, kind))[:MAX_SIGNATURES]:
             fetched = await client.manifest(referrer.digest)
             yield await _decoded(fetched.content, _Manifest, f"{referrer.digest}, which refers to {digest},")
 
@@ -105,6 +105,6 @@ async def _referrers(client: RegistryClient, digest: str, kind: str) -> list[_Re
 
 async def _decoded(content: bytes, kind: type[T], what: str) -> T:
     try:
-        return await in_image_thread(untrusted_json.decode, content, kind, most_bytes=len(content))
+        return await in_image_thread(untrusted_json.decode, content, kind, max_bytes=len(content))
     except JsonError as error:
         raise InvalidArgumentError(f"{what} cannot be read: {error}") from error

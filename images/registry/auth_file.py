@@ -32,7 +32,7 @@ _log = logging.getLogger("podkeel.images")
 _DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ANSWER_LIMIT = 1 << 20
-_LARGEST_FILE = 4 << 20
+_MAX_FILE_BYTES = 4 << 20
 
 
 class _Entry(msgspec.Struct):
@@ -100,7 +100,7 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
 
 def _read(file: Path) -> _File | None:
     try:
-        return untrusted_json.decode(untrusted_json.read_file(file, _LARGEST_FILE), _File, most_bytes=_LARGEST_FILE)
+        return untrusted_json.decode(untrusted_json.read_file(file, _MAX_FILE_BYTES), _File, max_bytes=_MAX_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (JsonError, OSError) as error:

@@ -13,8 +13,8 @@ from host import untrusted_json
 from host.concurrency.threads import in_image_thread
 from host.untrusted_json import JsonError
 
-LARGEST_ERROR = 64 << 10
-LARGEST_TOKEN = 1 << 20
+MAX_ERROR_BYTES = 64 << 10
+MAX_TOKEN_BYTES = 1 << 20
 
 _ENCODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, section 8.4.1
 _WINDOW_BITS = 47  # gzip or zlib, according to their headers
@@ -68,7 +68,7 @@ async def decoded(content: bytes, encoding: str, limit: int) -> bytes:
         return content
     if encoding not in _ENCODINGS:
         raise BodyError(f"encoded as {encoding[:50]!r}, which was not asked for")
-    if len(content) <= _LARGE and limit <= LARGEST_TOKEN:
+    if len(content) <= _LARGE and limit <= MAX_TOKEN_BYTES:
         return _decompress(content, limit)
     return await in_image_thread(_decompress, content, limit)
 
@@ -91,7 +91,8 @@ async def error_text(response: aiohttp.ClientResponse, seconds: float) -> str:
     """A short text for a registry's error response (OCI distribution specification, "Error Codes")."""
     status = f"{response.status} {response.reason}"
     try:
-        content = await decoded(await read_body(response, LARGEST_ERROR, seconds), encoding_of(response), LARGEST_ERROR)
+        content = await read_body(response, MAX_ERROR_BYTES, seconds)
+        content = await decoded(content, encoding_of(response), MAX_ERROR_BYTES)
         errors = untrusted_json.decode(content, _Errors).errors
     except (BodyError, JsonError, aiohttp.ClientError, TimeoutError, OSError):
         errors = []

@@ -21,7 +21,7 @@ from host.errors import (
     PodkeelError,
 )
 from images.oci import digests
-from images.oci.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, OCI_INDEX, Descriptor
+from images.oci.manifests import MANIFEST_TYPES, MAX_MANIFEST_BYTES, OCI_INDEX, Descriptor
 from images.oci.reference import Reference
 from images.options import ImageOptions
 from images.registry.bodies import BodyError, collect, decoded, encoding_of
@@ -128,7 +128,7 @@ class RegistryClient:
                 response.close()
                 raise NotFoundError(f"{subject}: {host.config.address} does not list them")
             try:
-                return await collect(response, self._watched(response), LARGEST_MANIFEST)
+                return await collect(response, self._watched(response), MAX_MANIFEST_BYTES)
             except BodyError as error:
                 raise InvalidArgumentError(f"{subject} are {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -248,7 +248,7 @@ class RegistryClient:
     async def _get_manifest(self, host: ConnectedHost, digest: str, tag: str = "") -> FetchedManifest:
         name = digest or tag or self._reference.tag
         subject = f"manifest {name} of {self._reference.repository}"
-        wanted = _Document(subject, f"/manifests/{name}", _ACCEPT, LARGEST_MANIFEST, digest)
+        wanted = _Document(subject, f"/manifests/{name}", _ACCEPT, MAX_MANIFEST_BYTES, digest)
         content, response = await self._whole(host, wanted)
         found = digest or digests.digest_of(content, _reported_digest(response))
         return FetchedManifest(content, found, response.content_type, len(content))

@@ -19,7 +19,7 @@ from images.oci.reference import DEFAULT_DOMAIN, Reference
 from images.options import ImageOptions
 from images.registry import tokens
 from images.registry.auth_file import DOCKER_HUB_NAMES, FoundCredentials, find_credentials
-from images.registry.bodies import LARGEST_TOKEN, BodyError, decoded, encoding_of, error_text, read_body
+from images.registry.bodies import MAX_TOKEN_BYTES, BodyError, decoded, encoding_of, error_text, read_body
 from images.registry.credentials import Credentials
 from images.registry.hosts import RegistryHost, hosts_for
 from images.registry.http import answer_within, back_off, proxy_for, reason_of
@@ -256,8 +256,8 @@ class RegistryConnection:
             sending = Sending("POST", request.url, kind, {}, body, secret=True)
         response, _ = await follow(sending, origin_of(request.url), send)
         encoding, retry_after = encoding_of(response), response.headers.get("Retry-After", "")
-        content = await read_body(response, LARGEST_TOKEN, self._options.stall_seconds)
-        return response.status, await decoded(content, encoding, LARGEST_TOKEN), retry_after
+        content = await read_body(response, MAX_TOKEN_BYTES, self._options.stall_seconds)
+        return response.status, await decoded(content, encoding, MAX_TOKEN_BYTES), retry_after
 
 
 def credentials_of(host: ConnectedHost) -> str:

@@ -16,7 +16,7 @@ import aiohttp
 
 from images.registry.hosts import is_loopback
 
-_LONGEST_WAIT = 30.0
+_MAX_WAIT_SECONDS = 30.0
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+([0-9]{1,18})-", re.IGNORECASE)
 _TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp prints a Python object here
 
@@ -134,7 +134,7 @@ async def back_off(failures: int, retry_after: str = "") -> None:
             seconds = float(retry_after)
         elif retry_after and (date := email.utils.parsedate_tz(retry_after)):
             seconds = email.utils.mktime_tz(date) - time.time()
-    await asyncio.sleep(max(0.0, min(seconds, _LONGEST_WAIT)))
+    await asyncio.sleep(max(0.0, min(seconds, _MAX_WAIT_SECONDS)))
 
 
 def reason_of(error: BaseException) -> str:

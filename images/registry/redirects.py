@@ -12,8 +12,8 @@ import aiohttp
 
 from host.errors import PermissionDeniedError
 
-MOST_REDIRECTS = 10
-LONGEST_ADDRESS = 16 << 10
+MAX_REDIRECTS = 10
+MAX_ADDRESS_LENGTH = 16 << 10
 
 _REDIRECT = frozenset((301, 302, 303, 307, 308))
 _TO_GET = frozenset((301, 302, 303))  # the body is not sent again
@@ -49,7 +49,7 @@ async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.Cl
     PermissionDeniedError if a secret body would have to be sent to another origin.
     """
     method, url, body = sending.method, sending.url, sending.body
-    for _ in range(MOST_REDIRECTS + 1):
+    for _ in range(MAX_REDIRECTS + 1):
         at_home = origin_of(url) == home
         if body is not None and sending.secret and not at_home:
             raise PermissionDeniedError(f"it redirects to {urlsplit(url).netloc}, which must not get the credentials")
@@ -61,7 +61,7 @@ async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.Cl
         url = target_of(url, response.headers.get("Location", ""))
         if response.status in _TO_GET and method not in ("GET", "HEAD"):
             method, body = "GET", None
-    raise aiohttp.ClientPayloadError(f"more than {MOST_REDIRECTS} redirects")
+    raise aiohttp.ClientPayloadError(f"more than {MAX_REDIRECTS} redirects")
 
 
 def target_of(base: str, location: str) -> str:
@@ -77,7 +77,7 @@ def target_of(base: str, location: str) -> str:
 def address(text: str) -> str:
     """``text`` as an http or https address of ASCII characters. ValueError if it is invalid."""
     quoted = quote(text, safe=_KEPT, errors="surrogateescape")
-    if len(quoted) > LONGEST_ADDRESS:
+    if len(quoted) > MAX_ADDRESS_LENGTH:
         raise ValueError(f"an address of {len(quoted)} bytes")
     origin_of(quoted)
     return quoted

@@ -15,7 +15,7 @@ from images.registry.credentials import Credentials
 from images.registry.redirects import address
 
 CLIENT_ID = "podkeel"
-_LONGEST_TOKEN = 256 << 10
+_MAX_TOKEN_BYTES = 256 << 10
 _SCHEME = re.compile(r"[\s,]*([A-Za-z0-9._~+/-]+)(?:\s+|(?=,)|\Z)")
 _PARAMETER = re.compile(r'\s*,?\s*([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')
 
@@ -129,8 +129,8 @@ def read_token(content: bytes) -> str:
 
 
 def _bearer(token: str, what: str) -> str:
-    if not token.isascii() or not token.isprintable() or len(token) > _LONGEST_TOKEN:
+    if not token.isascii() or not token.isprintable() or len(token) > _MAX_TOKEN_BYTES:
         raise PermissionDeniedError(
-            f"{what} is longer than {_LONGEST_TOKEN} bytes or has characters that no header may have"
+            f"{what} is longer than {_MAX_TOKEN_BYTES} bytes or has characters that no header may have"
         )
     return f"Bearer {token}"

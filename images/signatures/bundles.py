@@ -21,12 +21,12 @@ from images.signatures.refusal import SignatureRefusedError
 T = TypeVar("T")
 
 MEDIA_TYPES = tuple(f"application/vnd.dev.sigstore.bundle{end}" for end in (".v0.3+json", "+json;version=0.3"))
-LARGEST = 4 << 20
+MAX_BUNDLE_BYTES = 4 << 20
 
 _IN_TOTO = "application/vnd.in-toto+json"
 _STATEMENTS = ("https://in-toto.io/Statement/v1", "https://in-toto.io/Statement/v0.1")
 _SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
-_MOST_ENTRIES = 8
+_MAX_ENTRIES = 8
 
 
 class _Certificate(msgspec.Struct, frozen=True, rename="camel"):
@@ -117,7 +117,7 @@ def read(content: bytes) -> Bundle:
         statement=statement,
         certificate=pems[0] if pems else b"",
         chain=b"".join(pems[1:]),
-        entries=tuple(_entry(entry) for entry in material.tlog_entries[:_MOST_ENTRIES]),
+        entries=tuple(_entry(entry) for entry in material.tlog_entries[:_MAX_ENTRIES]),
     )
 
 
@@ -138,7 +138,7 @@ def signed_name(statement: bytes, digest: str) -> str:
 
 def _decoded(content: bytes, kind: type[T], what: str) -> T:
     try:
-        return untrusted_json.decode(content, kind, most_bytes=LARGEST)
+        return untrusted_json.decode(content, kind, max_bytes=MAX_BUNDLE_BYTES)
     except JsonError as error:
         raise SignatureRefusedError(f"its {what} cannot be read: {error}") from error
 

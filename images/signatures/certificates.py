@@ -19,9 +19,9 @@ from images.signatures.requirements import Fulcio, Pki
 _ISSUER = ObjectIdentifier("1.3.6.1.4.1.57264.1.1")
 _ISSUER_2 = ObjectIdentifier("1.3.6.1.4.1.57264.1.8")
 _UTF8 = 0x0C
-_LONGEST_FORM = 0x80
+_LONG_FORM = 0x80
 _DEEPEST = 5
-_MOST = 20
+_MAX_CERTIFICATES = 20
 
 
 def accepted_by_fulcio(authority: Fulcio, leaf: bytes, chain: bytes, when: datetime.datetime) -> PublicKey:
@@ -80,8 +80,8 @@ def _loaded(pem: bytes, what: str) -> list[x509.Certificate]:
         found = x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise SignatureRefusedError(f"its {what} cannot be read") from error
-    if len(found) > _MOST:
-        raise SignatureRefusedError(f"its {what} has more than {_MOST} certificates")
+    if len(found) > _MAX_CERTIFICATES:
+        raise SignatureRefusedError(f"its {what} has more than {_MAX_CERTIFICATES} certificates")
     return found
 
 
@@ -166,8 +166,8 @@ def _der_text(value: bytes) -> str:
     if len(value) < 2 or value[0] != _UTF8:
         raise SignatureRefusedError("its certificate has an issuer of identities that cannot be read")
     begin, size = 2, value[1]
-    if size >= _LONGEST_FORM:
-        octets = size - _LONGEST_FORM
+    if size >= _LONG_FORM:
+        octets = size - _LONG_FORM
         begin, size = 2 + octets, int.from_bytes(value[2 : 2 + octets])
     if begin + size != len(value):
         raise SignatureRefusedError("its certificate has an issuer of identities that cannot be read")

@@ -18,7 +18,7 @@ from images.signatures.requirements import Identity, matches
 
 GPG_TYPE = "atomic container signature"
 COSIGN_TYPE = "cosign container image signature"
-LARGEST = 4 << 20
+MAX_CLAIM_BYTES = 4 << 20
 
 
 class _Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +50,7 @@ class Claim(msgspec.Struct, frozen=True):
 def read(payload: bytes, kind: str) -> Claim:
     """The claim of a signed document of the type ``kind``. Raises SignatureRefusedError."""
     try:
-        found = untrusted_json.decode(payload, _Document, most_bytes=LARGEST)
+        found = untrusted_json.decode(payload, _Document, max_bytes=MAX_CLAIM_BYTES)
     except JsonError as error:
         raise SignatureRefusedError(f"its signed document cannot be read: {error}") from error
     if found.critical.type != kind:

@@ -16,7 +16,7 @@ from pathlib import Path
 from host import processes
 from host.concurrency.threads import in_image_thread
 from host.errors import KubeletReasonError, PodkeelError
-from images.signatures.claims import LARGEST
+from images.signatures.claims import MAX_CLAIM_BYTES
 from images.signatures.keys import contents, unusable
 from images.signatures.refusal import SignatureRefusedError
 from images.signatures.requirements import SignedBy
@@ -88,10 +88,10 @@ def _reason(bad: Sequence[str], unknown: Sequence[Sequence[str]]) -> str:
 def _read(path: Path) -> bytes | None:
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(MAX_CLAIM_BYTES + 1)
     except OSError:
         return None
-    return content if len(content) <= LARGEST else None
+    return content if len(content) <= MAX_CLAIM_BYTES else None
 
 
 def _binary(name: str, content: bytes) -> bytes:

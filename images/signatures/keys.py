@@ -19,7 +19,7 @@ from images.signatures.refusal import SignatureRefusedError
 
 PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 
-_SHORTEST_RSA = 2048
+_MIN_RSA_BITS = 2048
 
 
 def read_file(path: str) -> bytes:
@@ -45,8 +45,8 @@ def load(name: str, pem: bytes) -> PublicKey:
         raise unusable(f"{name} holds no public key: {error}") from error
     if not isinstance(key, PublicKey):
         raise unusable(f"{name}: keys of this kind ({type(key).__name__}) are not supported: use ECDSA, RSA or Ed25519")
-    if isinstance(key, rsa.RSAPublicKey) and key.key_size < _SHORTEST_RSA:
-        raise unusable(f"{name}: an RSA key of {key.key_size} bits is too short: use {_SHORTEST_RSA} or more")
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size < _MIN_RSA_BITS:
+        raise unusable(f"{name}: an RSA key of {key.key_size} bits is too short: use {_MIN_RSA_BITS} or more")
     return key
 
 

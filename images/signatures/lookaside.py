@@ -16,15 +16,15 @@ from host.concurrency.threads import in_image_thread
 from host.errors import KubeletReasonError
 from host.untrusted_json import JsonError
 from images.oci.reference import Reference
-from images.signatures.claims import LARGEST
+from images.signatures.claims import MAX_CLAIM_BYTES
 
-MOST = 32  # signatures of one image
+MAX_SIGNATURES = 32  # signatures of one image
 
 _SECONDS = 60.0
 
 
 async def simple_signatures(lookaside: str, name: Reference, digest: str) -> AsyncGenerator[bytes, None]:
-    """The GPG signatures of the manifest ``digest`` below an address of registries.d, MOST at most.
+    """The GPG signatures of the manifest ``digest`` below an address of registries.d, MAX_SIGNATURES at most.
 
     Raises KubeletReasonError if the place cannot be asked.
     """
@@ -33,7 +33,7 @@ async def simple_signatures(lookaside: str, name: Reference, digest: str) -> Asy
         raise _failed(f"{lookaside!r} is no address of signatures: it must begin with file://, http:// or https://")
     below = f"{address.path.rstrip('/')}/{name.path}@{digest.replace(':', '=')}"
     if address.scheme == "file":
-        for number in range(1, MOST + 1):
+        for number in range(1, MAX_SIGNATURES + 1):
             content = await in_image_thread(_read, Path(unquote(f"{below}/signature-{number}")))
             if content is None:
                 return
@@ -41,7 +41,7 @@ async def simple_signatures(lookaside: str, name: Reference, digest: str) -> Asy
         return
     timeout = aiohttp.ClientTimeout(total=_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
-        for number in range(1, MOST + 1):
+        for number in range(1, MAX_SIGNATURES + 1):
             content = await _get(session, f"{address.scheme}://{address.netloc}{below}/signature-{number}")
             if content is None:
                 return
@@ -50,7 +50,7 @@ async def simple_signatures(lookaside: str, name: Reference, digest: str) -> Asy
 
 def _read(path: Path) -> bytes | None:
     try:
-        return untrusted_json.read_file(path, LARGEST)
+        return untrusted_json.read_file(path, MAX_CLAIM_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, JsonError) as error:
@@ -67,8 +67,8 @@ async def _get(session: aiohttp.ClientSession, url: str) -> bytes | None:
             content = bytearray()
             async for chunk in response.content.iter_any():
                 content += chunk
-                if len(content) > LARGEST:
-                    raise _failed(f"{url} is larger than {LARGEST} bytes")
+                if len(content) > MAX_CLAIM_BYTES:
+                    raise _failed(f"{url} is larger than {MAX_CLAIM_BYTES} bytes")
             return bytes(content)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         raise KubeletReasonError("RegistryUnavailable", f"signatures at {url}: {error or 'no answer'}") from error

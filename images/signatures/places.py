@@ -19,7 +19,7 @@ from images.signatures.policy import scopes_of
 
 DEFAULT_LOOKASIDE = "file:///var/lib/containers/sigstore"
 
-_MOST_FILES = 1000
+_MAX_FILES = 1000
 
 
 class _Section(msgspec.Struct, frozen=True, rename="kebab"):
@@ -76,8 +76,8 @@ def _files(folder: str) -> list[Path]:
         return []
     except OSError as error:
         raise _broken(Path(folder), error.strerror or str(error)) from error
-    if len(found) > _MOST_FILES:
-        raise _broken(Path(folder), f"it has more than {_MOST_FILES} files")
+    if len(found) > _MAX_FILES:
+        raise _broken(Path(folder), f"it has more than {_MAX_FILES} files")
     return found
 
 

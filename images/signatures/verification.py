@@ -29,7 +29,7 @@ T = TypeVar("T")
 # The sigstore signatures that are attached to a digest.
 Attached: TypeAlias = Callable[[str], AsyncGenerator[Attachment, None]]
 
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,5 +188,5 @@ def _summary(refusals: Sequence[str], where: str) -> str:
         return f"a signature is required, and there is none {where}"
     if len(refusals) == 1:
         return f"its signature is not accepted: {refusals[0]}"
-    told = "; ".join(f"{number}: {reason}" for number, reason in enumerate(refusals[:_MOST_NAMED], 1))
+    told = "; ".join(f"{number}: {reason}" for number, reason in enumerate(refusals[:_MAX_NAMED], 1))
     return f"none of its {len(refusals)} signatures is accepted: {told}"

@@ -15,7 +15,7 @@ from host import libc
 from host.concurrency.thread_starting import run_in_new_thread
 from host.errors import LimitError
 from host.files.removal import remove_tree
-from images.oci.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MAX_LAYERS
 
 _MOUNT_DATA = os.sysconf("SC_PAGE_SIZE") - 1
 
@@ -28,8 +28,8 @@ def mount_overlay(
     ``writable`` are the upper folder and its work folder, None for a read-only overlay. ``options`` are further mount
     options, each preceded by a comma. Raises LimitError for more layers than the kernel supports, OSError.
     """
-    if len(lower) > MOST_LAYERS:
-        raise LimitError(f"an overlay of {len(lower)} layers is over the kernel's limit of {MOST_LAYERS}")
+    if len(lower) > MAX_LAYERS:
+        raise LimitError(f"an overlay of {len(lower)} layers is over the kernel's limit of {MAX_LAYERS}")
     whole = _options([_escaped(path) for path in lower], [_escaped(path) for path in writable or ()]) + options
     if len(os.fsencode(whole)) <= _MOUNT_DATA:
         libc.mount("overlay", str(target), "overlay", flags, whole)

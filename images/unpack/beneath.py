@@ -9,7 +9,7 @@ from pathlib import Path
 
 from host import libc
 
-_LONGEST_PATH = 4000  # PATH_MAX is 4096
+_MAX_PATH_LENGTH = 4000  # PATH_MAX is 4096
 _RESOLVE = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH
 
 
@@ -21,8 +21,8 @@ def opened_beneath(root: Path | int, name: bytes, flags: int) -> Iterator[int]:
     """
     folder = os.dup(root) if isinstance(root, int) else os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        while len(name) > _LONGEST_PATH:
-            cut = name.rfind(b"/", 0, _LONGEST_PATH)
+        while len(name) > _MAX_PATH_LENGTH:
+            cut = name.rfind(b"/", 0, _MAX_PATH_LENGTH)
             if cut <= 0:
                 break  # one component is too long: the kernel raises the error
             folder, old = libc.openat2(folder, name[:cut], os.O_PATH | os.O_DIRECTORY, _RESOLVE), folder

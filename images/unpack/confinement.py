@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OPEN_FILES = 64
 _LIFELINE = 3  # stays open, so that the agent sees when this process has ended
-_MOST_DESCRIPTORS = 1 << 16
+_MAX_DESCRIPTORS = 1 << 16
 _NICENESS = 5
 _OOM_SCORE = 1000
 
@@ -100,7 +100,7 @@ def _confine(folder: str, seccomp_filter: bytes, limits: Limits, helper: HelperP
     held = _held_capabilities()
     libc.unshare(_NAMESPACES)
     _enter(folder)
-    os.closerange(_LIFELINE + 1, _MOST_DESCRIPTORS)
+    os.closerange(_LIFELINE + 1, _MAX_DESCRIPTORS)
     for kind, wanted in (
         (resource.RLIMIT_AS, limits.memory_bytes),
         (resource.RLIMIT_CPU, limits.seconds),

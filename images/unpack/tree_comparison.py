@@ -16,7 +16,7 @@ import sys
 
 from host.files.file_tree import FolderStack
 
-MOST = 20
+MAX_DIFFERENCES = 20
 _PIECE = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -183,7 +183,7 @@ class Comparison:
 
     def _differs(self, path: str, how: str) -> None:
         self.differences.append(f"{path} {how}".encode(errors="backslashreplace").decode())
-        if len(self.differences) >= MOST:
+        if len(self.differences) >= MAX_DIFFERENCES:
             raise TooManyDifferencesError
 
 

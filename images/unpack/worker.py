@@ -39,7 +39,7 @@ _SIGKILL = 9  # importing the module signal takes longer than unpacking a small 
 _READ = 1 << 20
 _GZIP_READ = 512 << 10
 _GZIP = b"\x1f\x8b"
-_LONGEST_MARK = 10
+_MAX_MARK_LENGTH = 10
 _OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
 _NO_PROCESS = "the node has no more processes: end some, or raise kernel.pid_max, kernel.threads-max or TasksMax="
 _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
@@ -47,7 +47,7 @@ _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
 MEMORY_LIMIT = 1 << 30
 ZSTD_WINDOW = 1 << 31  # the maximum of zstd --long=31; only frames that need it use the memory
 # The maximum size of names in a report, and the size added for each name.
-MOST_REPORTED = 8 << 20
+MAX_REPORTED = 8 << 20
 _ITEM_BYTES = 64
 
 
@@ -56,9 +56,9 @@ class Input(io.RawIOBase):
 
     def __init__(self) -> None:
         self._head = b""
-        while len(self._head) < _LONGEST_MARK and (chunk := os.read(0, _READ)):
+        while len(self._head) < _MAX_MARK_LENGTH and (chunk := os.read(0, _READ)):
             self._head += chunk
-        self.start = self._head[:_LONGEST_MARK]
+        self.start = self._head[:_MAX_MARK_LENGTH]
         self.frames = ZstdFrames() if is_zstd(self.start) else None
 
     def readable(self) -> bool:
@@ -175,10 +175,10 @@ def unpack(
         helper.end()
     names = [*writer.implied, *writer.opaque_folders, *writer.hiding]
     names += [path for device in writer.devices for path in device.paths]
-    if sum(map(len, names)) + _ITEM_BYTES * len(names) > MOST_REPORTED:
+    if sum(map(len, names)) + _ITEM_BYTES * len(names) > MAX_REPORTED:
         raise LimitError(
             "folders without an entry, opaque folders, folders with whiteouts and device nodes have names of more than "
-            f"{MOST_REPORTED} bytes"
+            f"{MAX_REPORTED} bytes"
         )
     return {
         "diff_id": f"sha256:{digest.hexdigest()}",

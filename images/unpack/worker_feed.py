@@ -19,7 +19,7 @@ from images.oci import digests
 from images.oci.manifests import Descriptor
 
 BATCH = 1 << 20
-_MOST_CHUNKS = 512  # of one writev(2)
+_MAX_CHUNKS = 512  # of one writev(2)
 _SET_PIPE_SIZE = 1031
 
 
@@ -131,8 +131,8 @@ class WorkerFeed:
 
     def _write(self, batch: Sequence[bytes]) -> None:
         """Write the whole batch. BrokenPipeError if the worker has ended, LimitError if it is too slow."""
-        for begin in range(0, len(batch), _MOST_CHUNKS):
-            rest = [memoryview(chunk) for chunk in batch[begin : begin + _MOST_CHUNKS] if chunk]
+        for begin in range(0, len(batch), _MAX_CHUNKS):
+            rest = [memoryview(chunk) for chunk in batch[begin : begin + _MAX_CHUNKS] if chunk]
             while rest:
                 try:
                     written = os.writev(self._pipe, rest)

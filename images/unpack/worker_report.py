@@ -9,11 +9,11 @@ import msgspec
 from host import processes
 from host.errors import InvalidArgumentError, LimitError, NodeLimitError, NoSpaceError, PodkeelError
 from images.unpack.special_files import DeviceNode
-from images.unpack.writing.layer_root import LONGEST_NAME, MOST_PARTS
+from images.unpack.writing.layer_root import MAX_NAME_LENGTH, MAX_PARTS
 
 # More than any layer has; the sum over all layers still fits into uint64.
-_MOST_BYTES = 1 << 50
-_MOST_INODES = 1 << 32
+_MAX_BYTES = 1 << 50
+_MAX_INODES = 1 << 32
 
 
 class Unpacked(msgspec.Struct, frozen=True):
@@ -89,11 +89,11 @@ def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
 
 
 def _is_valid(report: WorkerReport) -> bool:
-    if not (0 <= report.used_bytes <= _MOST_BYTES and 0 <= report.used_inodes <= _MOST_INODES):
+    if not (0 <= report.used_bytes <= _MAX_BYTES and 0 <= report.used_inodes <= _MAX_INODES):
         return False
     return all(device.names for device in report.devices) and all(map(_is_path, report.names()))
 
 
 def _is_path(name: str) -> bool:
     path = bytes.fromhex(name)
-    return len(path) <= LONGEST_NAME and path.count(b"/") < MOST_PARTS and b"\0" not in path
+    return len(path) <= MAX_NAME_LENGTH and path.count(b"/") < MAX_PARTS and b"\0" not in path

@@ -35,7 +35,7 @@ _log = logging.getLogger("podkeel.network")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
 _REMEDY = "`podkeel check --repair` or a restart of the agent creates it again"
 _CONNECTING_AT_ONCE = 4
-_SMALLEST_MTU = {4: 576, 6: 1280}
+_MIN_MTU = {4: 576, 6: 1280}
 
 
 class BuiltInNetwork:
@@ -229,7 +229,7 @@ class BuiltInNetwork:
         return self._kernel
 
     def _check_mtu(self) -> None:
-        smallest = max(_SMALLEST_MTU[network.version] for network in self._book.current)
+        smallest = max(_MIN_MTU[network.version] for network in self._book.current)
         if not smallest <= self._mtu <= 65535:
             raise InvalidArgumentError(f"network.mtu {self._mtu} is not between {smallest} and 65535")
 

@@ -22,7 +22,7 @@ SUFFIXES = (".conflist", ".conf", ".json")
 PLUGIN_SUFFIX = ".conf"
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
-_LARGEST_FILE = 1024 * 1024
+_MAX_FILE_BYTES = 1024 * 1024
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -81,7 +81,7 @@ def search_folder(folder: Path) -> tuple[Configuration | None, tuple[str, ...]]:
         return None, (f"CNI configuration folder {folder} cannot be read: {error.strerror}",)
     for path in paths:
         try:
-            if path.is_file() and (content := untrusted_json.read_file(path, _LARGEST_FILE)).strip():
+            if path.is_file() and (content := untrusted_json.read_file(path, _MAX_FILE_BYTES)).strip():
                 return parse(content, path), tuple(broken)
         except OSError as error:
             broken.append(f"CNI configuration {path} cannot be read: {error.strerror}")
@@ -98,7 +98,7 @@ def parse(content: bytes, path: Path) -> Configuration:
     Raises InvalidArgumentError with the file and the error.
     """
     try:
-        return _configuration(untrusted_json.decode(content, dict[str, Any], most_bytes=_LARGEST_FILE), path)
+        return _configuration(untrusted_json.decode(content, dict[str, Any], max_bytes=_MAX_FILE_BYTES), path)
     except JsonError as error:
         raise InvalidArgumentError(f"CNI configuration {path} is not a JSON object: {error}") from error
     except ValueError as error:
@@ -145,8 +145,8 @@ def _plugins_in(folder: Path) -> list[Plugin]:
     plugins: list[Plugin] = []
     for path in paths:
         try:
-            content = untrusted_json.read_file(path, _LARGEST_FILE)
-            plugins.append(_plugin(untrusted_json.decode(content, object, most_bytes=_LARGEST_FILE)))
+            content = untrusted_json.read_file(path, _MAX_FILE_BYTES)
+            plugins.append(_plugin(untrusted_json.decode(content, object, max_bytes=_MAX_FILE_BYTES)))
         except (OSError, ValueError) as error:
             raise ValueError(f"its plugin {path}: {error}") from error
     return plugins

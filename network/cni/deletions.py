@@ -10,7 +10,7 @@ from host.concurrency.tasks import cancel_and_wait
 from host.errors import PodkeelError, WrongStateError
 
 FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 60.0
+MAX_PAUSE_SECONDS = 60.0
 
 _log = logging.getLogger("podkeel.network")
 
@@ -87,7 +87,7 @@ class Deletions:
             self.errors[sandbox_id] = str(error)
             failures = self._failures.get(sandbox_id, 0)
             self._failures[sandbox_id] = failures + 1
-            seconds = min(FIRST_PAUSE_SECONDS * 2**failures, LONGEST_PAUSE_SECONDS)
+            seconds = min(FIRST_PAUSE_SECONDS * 2**failures, MAX_PAUSE_SECONDS)
             loop = asyncio.get_running_loop()
             self._pauses[sandbox_id] = loop.call_later(seconds, self._retry, sandbox_id)
             level = logging.DEBUG if known else logging.WARNING  # the same problem is logged once

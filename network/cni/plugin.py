@@ -16,7 +16,7 @@ from host.concurrency.threads import in_network_thread
 from host.errors import DeadlineError, PodkeelError, UnavailableError
 from host.untrusted_json import JsonError
 
-_LARGEST_OUTPUT = 1024 * 1024
+_MAX_OUTPUT_BYTES = 1024 * 1024
 _CALLS_AT_ONCE = max(8, 4 * (os.cpu_count() or 1))
 _NICENESS = 5
 _SHOWN_CHARACTERS = 200
@@ -110,7 +110,7 @@ class PluginRunner:
                 environment={**os.environ, **variables},
                 timeout=self._seconds,
                 check=False,
-                limit=_LARGEST_OUTPUT,
+                limit=_MAX_OUTPUT_BYTES,
                 on_start=started,
             )
 

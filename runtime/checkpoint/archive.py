@@ -14,7 +14,7 @@ from runtime.checkpoint.layer_diff import write_diff
 from runtime.checkpoint.tar_writer import TarWriter
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_LARGEST_LOG = 1 << 30  # a larger log of the container is left out
+_MAX_LOG_BYTES = 1 << 30  # a larger log of the container is left out
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -98,7 +98,7 @@ def _add_file(archive: TarWriter, name: str, path: Path) -> None:
         return
     try:
         status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and (name != documents.LOG or status.st_size <= _LARGEST_LOG):
+        if stat.S_ISREG(status.st_mode) and (name != documents.LOG or status.st_size <= _MAX_LOG_BYTES):
             archive.file(name, descriptor)
     finally:
         os.close(descriptor)

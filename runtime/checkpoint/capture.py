@@ -26,7 +26,7 @@ from runtime.state.container import Container, ContainerState
 from runtime.state.state import State
 
 FREEZE_SECONDS = 10.0
-_LARGEST_DELETED_FILE = 64 << 20  # bytes of an open file that was deleted
+_MAX_DELETED_FILE_BYTES = 64 << 20  # bytes of an open file that was deleted
 
 _log = logging.getLogger("podkeel.checkpoint")
 
@@ -132,4 +132,4 @@ def _prepare(work: Path, closes_connections: bool) -> None:
     work.mkdir(mode=0o700)
     # Connections that are left out need no lock, for which CRIU would run iptables while the container is frozen.
     lock = "network-lock skip\n" if closes_connections else ""
-    (work / "criu.conf").write_text(f"tcp-close\n{lock}ghost-limit {_LARGEST_DELETED_FILE}\n")
+    (work / "criu.conf").write_text(f"tcp-close\n{lock}ghost-limit {_MAX_DELETED_FILE_BYTES}\n")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 _log = logging.getLogger("podkeel.checkpoint")
 
-_LARGEST_LOG = 64 << 20  # only the end of a larger one is read
-_LONGEST_LINE = 300
-_MOST_LINES = 3
+_MAX_LOG_BYTES = 64 << 20  # only the end of a larger one is read
+_MAX_LINE_LENGTH = 300
+_MAX_LINES = 3
 _ERROR = re.compile(r"^\(\d+\.\d+\)\s+(?:(\d+): )?Error \([^)]*\): (.*)$")
 _TASK = re.compile(r"^\(\d+\.\d+\) (?:Dumping task|Dumping processes) \(pid: (\d+) comm: (.*)\)$")
 _DESCRIPTOR = re.compile(r"^\(\d+\.\d+\) \d+ fdinfo (\d+): ")
@@ -102,8 +102,8 @@ def _complaints(log: Path) -> tuple[list[str], str]:
             if words and not found:
                 place = at.text(match[1])
             if words and words not in found:
-                found.append(words[:_LONGEST_LINE])
-            if len(found) == _MOST_LINES:
+                found.append(words[:_MAX_LINE_LENGTH])
+            if len(found) == _MAX_LINES:
                 break
     return found, place
 
@@ -132,15 +132,15 @@ class _Place:
 
 
 def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:_LONGEST_LINE])
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_LINE_LENGTH])
 
 
 def _lines(log: Path) -> list[str]:
     try:
         with log.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _LARGEST_LOG))
-            return file.read(_LARGEST_LOG).decode(errors="replace").splitlines()
+            file.seek(max(0, size - _MAX_LOG_BYTES))
+            return file.read(_MAX_LOG_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return []
 

@@ -24,7 +24,7 @@ from host.files import procfs
 
 GIVE_UP_SECONDS = 15.0
 _LOOK_SECONDS = 0.05
-_LONGEST_OUTPUT = 64 << 10
+_MAX_OUTPUT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str],
         finally:
             status = reap(pidfd)
             os.close(pidfd)
-        printed = os.pread(descriptor, _LONGEST_OUTPUT, 0).decode(errors="replace").strip()
+        printed = os.pread(descriptor, _MAX_OUTPUT_BYTES, 0).decode(errors="replace").strip()
     finally:
         os.close(descriptor)
     return Ended(255 if status is None else status, printed)

@@ -34,9 +34,9 @@ RUNTIME = "org.criu.checkpoint.runtime.name"
 ENGINE = "org.criu.checkpoint.engine.name"
 
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
-_MOST_MEMBERS = 20_000
-_LARGEST_CONFIG = 1 << 20
-_LONGEST_NAME = 255
+_MAX_MEMBERS = 20_000
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_NAME_LENGTH = 255
 _PIECE = 8 << 20
 _NEEDED = (documents.CONFIG, documents.SPEC, f"{documents.IMAGES}/inventory.img", f"{documents.IMAGES}/pstree.img")
 _CORE = re.compile(rf"{documents.IMAGES}/core-\d+\.img")
@@ -84,8 +84,8 @@ def look_through(descriptor: int, path: Path, check: Callable[[], None]) -> Arch
                 member.pax_headers = {}  # may be large, and tarfile keeps all members
                 check()
                 count += 1
-                if count > _MOST_MEMBERS:
-                    raise LimitError(f"{subject} has more than {_MOST_MEMBERS} members")
+                if count > _MAX_MEMBERS:
+                    raise LimitError(f"{subject} has more than {_MAX_MEMBERS} members")
                 name = _checked(member, subject)
                 if name in found:
                     raise InvalidArgumentError(f"{subject} has the member {name!r} twice")
@@ -102,8 +102,8 @@ def look_through(descriptor: int, path: Path, check: Callable[[], None]) -> Arch
             raise InvalidArgumentError(f"{subject} is not a checkpoint of a container: it has no {name}")
     _check_machine(descriptor, found, subject)
     offset, length = found[documents.CONFIG]
-    if length > _LARGEST_CONFIG:
-        raise InvalidArgumentError(f"{subject}: {documents.CONFIG} is larger than {_LARGEST_CONFIG} bytes")
+    if length > _MAX_CONFIG_BYTES:
+        raise InvalidArgumentError(f"{subject}: {documents.CONFIG} is larger than {_MAX_CONFIG_BYTES} bytes")
     try:
         return Archive(untrusted_json.decode(os.pread(descriptor, length, offset), ConfigDump), found)
     except JsonError as error:
@@ -114,11 +114,11 @@ def _checked(member: tarfile.TarInfo, subject: str) -> str:
     """The name of a member. The member must be a regular file or a folder with a plain name."""
     name = member.name.removeprefix("./").rstrip("/") or "."
     parts = name.split("/")
-    shown = ascii(name[:_LONGEST_NAME])
+    shown = ascii(name[:_MAX_NAME_LENGTH])
     if name.startswith("/") or ".." in parts or "" in parts or any(part.startswith(".wh.") for part in parts):
         raise InvalidArgumentError(f"{subject} has the member {shown}, a name that leaves the archive or hides others")
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
-        raise InvalidArgumentError(f"{subject} has a name of more than {_LONGEST_NAME} bytes: {shown}")
+    if any(len(os.fsencode(part)) > _MAX_NAME_LENGTH for part in parts):
+        raise InvalidArgumentError(f"{subject} has a name of more than {_MAX_NAME_LENGTH} bytes: {shown}")
     if not (member.isdir() or (member.isreg() and not member.issparse())):
         raise InvalidArgumentError(f"{subject} has the member {shown}, which is neither a file nor a folder")
     return name

@@ -14,7 +14,7 @@ from runtime.checkpoint.tar_writer import TarWriter
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPAQUE = "trusted.overlay.opaque"
-_MOST_REMOVED = 1_000_000
+_MAX_REMOVED = 1_000_000
 
 
 def write_diff(upper: Path, lower: Sequence[Path], target: int, check: Callable[[], None]) -> list[str]:
@@ -26,8 +26,8 @@ def write_diff(upper: Path, lower: Sequence[Path], target: int, check: Callable[
     removed: list[str] = []
 
     def note(path: str) -> None:
-        if len(removed) >= _MOST_REMOVED:
-            raise LimitError(f"the container removed more than {_MOST_REMOVED} files of its image")
+        if len(removed) >= _MAX_REMOVED:
+            raise LimitError(f"the container removed more than {_MAX_REMOVED} files of its image")
         removed.append(path)
 
     def leave_out(folder: int, name: str, place: str, status: os.stat_result) -> bool:

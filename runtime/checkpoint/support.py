@@ -18,7 +18,7 @@ from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
 
 _SECONDS = 20.0
-_LONGEST = 300
+_MAX_LINE_LENGTH = 300
 _OFF = "checkpoints are off (checkpoint.enabled)"
 
 _log = logging.getLogger("podkeel.checkpoint")
@@ -150,4 +150,4 @@ async def _refusal(runtime: OciRuntime) -> str:
 def _last_line(completed: processes.Completed) -> str:
     text = (completed.stderr or completed.stdout).decode(errors="replace").strip()
     lines = [line for line in text.splitlines() if "Error" in line] or text.splitlines()
-    return lines[-1][:_LONGEST] if lines else f"exit status {completed.status}"
+    return lines[-1][:_MAX_LINE_LENGTH] if lines else f"exit status {completed.status}"

@@ -30,7 +30,7 @@ from runtime.specgen.process import refuse_nul
 from runtime.state.container import Container
 from runtime.state.state import State
 
-_MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were cancelled
+_MAX_HANGING = 64  # threads that wait for working directories on volumes, of commands that were cancelled
 
 
 class _SpecProcess(msgspec.Struct):
@@ -48,7 +48,7 @@ class ContainerExec:
         self._handlers = handlers
         self._cgroups = cgroups
         self._facts = facts
-        self._threads = AbandonableThreads(_MOST_HANGING)
+        self._threads = AbandonableThreads(_MAX_HANGING)
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
         """Run a command to its end and return its output, cut at 16 MiB for each stream. ``timeout`` 0 is no limit.

@@ -32,8 +32,8 @@ from runtime.nri.plugins.trunk import Trunk
 from runtime.nri.plugins.ttrpc import shortened
 
 NRI_VERSION = "v0.12.0"
-MOST_PLUGINS = 128
-MOST_UNREGISTERED = 32
+MAX_PLUGINS = 128
+MAX_UNREGISTERED = 32
 _GATE_SECONDS = 1.0  # how long new calls at most wait because a new plugin waits for the running ones
 _GONE_KEPT = 32
 
@@ -112,8 +112,8 @@ class Adaptation:
         admitted: list[Plugin] = []
 
         def connected(trunk: Trunk) -> None:
-            if len(self._unregistered) >= MOST_UNREGISTERED or len(self._plugins) >= MOST_PLUGINS:
-                trunk.close(f"too many plugins: {MOST_PLUGINS} can be connected, {MOST_UNREGISTERED} unregistered")
+            if len(self._unregistered) >= MAX_UNREGISTERED or len(self._plugins) >= MAX_PLUGINS:
+                trunk.close(f"too many plugins: {MAX_PLUGINS} can be connected, {MAX_UNREGISTERED} unregistered")
                 return
             plugin = Plugin(trunk, self._update_containers, self.shared, name=name, index=index)
             admitted.append(plugin)

@@ -24,7 +24,7 @@ from runtime.specgen.sysctls import is_of_ipc, is_of_network
 
 RESCTRL = Path("/sys/fs/resctrl")
 
-_LARGEST_ID = 1 << 32
+_MAX_ID = 1 << 32
 _LAST_ARGUMENT = 5  # of a system call
 _DEFAULTS = {f"/dev/{name}": ("c", os.major(number), os.minor(number)) for number, name in DEFAULT_NODES.items()}
 _DEADLINE, _REALTIME = "SCHED_DEADLINE", ("SCHED_FIFO", "SCHED_RR")
@@ -131,7 +131,7 @@ def _devices(given: Iterable[nri_pb2.LinuxDevice], linux: config.Linux, errors: 
         if device.type not in ("b", "c", "u", "p") or device.major < 0 or device.minor < 0:
             what = f"type {device.type!r}, {device.major}:{device.minor} is no device: use b, c, u or p and its number"
             raise errors.invalid(Field.Devices, what, path)
-        if device.major >= _LARGEST_ID or device.minor >= _LARGEST_ID:
+        if device.major >= _MAX_ID or device.minor >= _MAX_ID:
             raise errors.invalid(Field.Devices, f"there is no device {device.major}:{device.minor}", path)
         numbered = device.type != "p"
         if path in _DEFAULTS and (device.type, device.major, device.minor) != _DEFAULTS[path]:

@@ -12,7 +12,7 @@ from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
 
 _MESSAGE_LIMIT = 3 << 20  # of one Synchronize; a ttrpc message may have 4 MiB
-_LARGEST_ITEM = (4 << 20) - (64 << 10)
+_MAX_ITEM_BYTES = (4 << 20) - (64 << 10)
 _log = logging.getLogger("podkeel.nri")
 _STATES = {
     ContainerState.CREATED: nri_pb2.CONTAINER_CREATED,
@@ -221,7 +221,7 @@ def split(
     request, size = nri_pb2.SynchronizeRequest(), 0
     for kind, items in (("pods", pods), ("containers", containers)):
         for item in items:
-            if item.ByteSize() > _LARGEST_ITEM:
+            if item.ByteSize() > _MAX_ITEM_BYTES:
                 _log.warning("nri: %s %s: left out of the lists for plugins: it is too large", kind[:-1], item.id)
                 continue
             if size and size + item.ByteSize() > limit:

@@ -12,7 +12,7 @@ from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.specgen.limits.resources import resources
 from runtime.specgen.node_facts import NodeFacts
 
-_LARGEST = 1 << 63
+_INT64_END = 1 << 63
 
 
 def adjust_resources(
@@ -79,7 +79,7 @@ def extra_limits(given: nri_pb2.LinuxResources, node: NodeFacts, errors: FieldEr
     ):
         if value < -1:
             raise errors.invalid(number, f"{value} is negative: use -1 for no limit")
-    if cpu.realtime_period.value >= _LARGEST:
+    if cpu.realtime_period.value >= _INT64_END:
         raise errors.invalid(Field.CPURealtimePeriod, f"{cpu.realtime_period.value} is out of range")
     return ExtraLimits(
         reservation=memory.reservation.value or None,

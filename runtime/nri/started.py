@@ -22,7 +22,7 @@ from runtime.nri.options import NriOptions
 from runtime.nri.plugins.trunk import Trunk
 
 _FILE = re.compile(r"([0-9]{2})-([A-Za-z0-9._-]{1,120})")
-_MOST = 64
+_MAX_FILES = 64
 _CONFIGURATION_BYTES = 1 << 20
 _END_SECONDS = 2.0
 _SOCKET = 3  # the number of the plugin's descriptor
@@ -202,9 +202,9 @@ def _programs(options: NriOptions) -> Iterator[_Program]:
     except OSError as error:
         _log.error("nri: nri.plugin_dir %s: cannot be read: %s", folder, error.strerror)
         return
-    if len(names) > _MOST:
-        _log.error("nri: nri.plugin_dir %s: has %d files: only the first %d are read", folder, len(names), _MOST)
-    for name in names[:_MOST]:
+    if len(names) > _MAX_FILES:
+        _log.error("nri: nri.plugin_dir %s: has %d files: only the first %d are read", folder, len(names), _MAX_FILES)
+    for name in names[:_MAX_FILES]:
         match = _FILE.fullmatch(name)
         problem = _problem(folder / name) if match else "its name is not two digits, a hyphen and a name, as 10-logger"
         if match is None or problem:
@@ -255,7 +255,7 @@ def _end_recorded(record: Path) -> None:
         lines = record.read_text().splitlines()
     except (FileNotFoundError, UnicodeDecodeError):
         return
-    for line in lines[:_MOST]:
+    for line in lines[:_MAX_FILES]:
         numbers = line.split()
         if len(numbers) == 2 and all(number.isdigit() for number in numbers):
             pid, started = map(int, numbers)

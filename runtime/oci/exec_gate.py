@@ -27,7 +27,7 @@ _AT_FDCWD = -100
 _LARGE_FILES = 0o100000  # O_LARGEFILE, which os has as 0; without it, what has 2 GiB and more is not executed
 _EVENT = struct.Struct("=IBBHQii")  # length, version, reserved, length of this part, mask, descriptor, pid
 _ANSWER = struct.Struct("=iI")
-_MOST_SECONDS = 10.0
+_MAX_SECONDS = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p)
@@ -83,7 +83,7 @@ def _watch(rootfs: Path) -> int:
 
 def _answer(files: contextlib.ExitStack, group: int, runtime: int, word: bytes, socket: int) -> None:
     """Answer until ``hold`` is over, and close ``files``: ``group`` and ``socket`` are among them."""
-    deadline = time.monotonic() + _MOST_SECONDS
+    deadline = time.monotonic() + _MAX_SECONDS
     with files as stack:
         with contextlib.suppress(OSError):
             ended = os.pidfd_open(runtime)

@@ -28,7 +28,7 @@ from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container
 
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "ppc64le": 81, "s390x": 206}[os.uname().machine]
-_MOST_LEVELS = 4096
+_MAX_LEVELS = 4096
 _NOBODY = 65534
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -169,7 +169,7 @@ def on_host(mappings: Sequence[config.IDMapping], number: int) -> int:
 
 def _topmost(folder: int) -> int:
     """The root of the mount namespace of ``folder``, which is closed: a process may have called chroot(2)."""
-    for _ in range(_MOST_LEVELS):
+    for _ in range(_MAX_LEVELS):
         try:
             above = os.open("..", _FOLDER, dir_fd=folder)
         except BaseException:
@@ -181,7 +181,7 @@ def _topmost(folder: int) -> int:
         if same:
             return folder
     os.close(folder)
-    raise WrongStateError(f"the root of the container's first process is more than {_MOST_LEVELS} folders deep")
+    raise WrongStateError(f"the root of the container's first process is more than {_MAX_LEVELS} folders deep")
 
 
 def become(user: tuple[int, int, Sequence[int]]) -> None:

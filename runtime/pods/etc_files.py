@@ -8,8 +8,8 @@ from pathlib import Path
 
 from host.errors import InvalidArgumentError
 
-LARGEST_SEARCHES = 32
-LARGEST_SEARCH_CHARACTERS = 2048
+MAX_SEARCHES = 32
+MAX_SEARCH_CHARACTERS = 2048
 
 _HOST_RESOLV_CONF = Path("/etc/resolv.conf")
 _HOST_HOSTS = Path("/etc/hosts")
@@ -41,10 +41,10 @@ def resolv_conf(
             raise InvalidArgumentError(f"DNS server: {error}") from error
     _check_words("DNS search domain", searches)
     _check_words("DNS option", options)
-    if len(searches) > LARGEST_SEARCHES or len(" ".join(searches)) > LARGEST_SEARCH_CHARACTERS:
+    if len(searches) > MAX_SEARCHES or len(" ".join(searches)) > MAX_SEARCH_CHARACTERS:
         raise InvalidArgumentError(
             f"{len(searches)} DNS search domains of {len(' '.join(searches))} characters: resolvers read at most "
-            f"{LARGEST_SEARCHES} of {LARGEST_SEARCH_CHARACTERS} characters together"
+            f"{MAX_SEARCHES} of {MAX_SEARCH_CHARACTERS} characters together"
         )
     lines = [f"search {' '.join(searches)}"] if searches else []
     lines += [f"nameserver {server}" for server in servers]

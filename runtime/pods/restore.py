@@ -135,7 +135,7 @@ class PodRestore:
         opening = partial(open_folder, path, f"{title}: checkpoint_path")
         descriptor = await acquired(in_fresh_thread, opening, os.close)
         held.callback(os.close, descriptor)
-        source = PodSource(descriptor, f"{title}: checkpoint {path!r}", self._checkpoints.most_bytes)
+        source = PodSource(descriptor, f"{title}: checkpoint {path!r}", self._checkpoints.max_bytes)
         document = await in_fresh_thread(source.read)
         compare(document, configs, title)
         return Staged(source, document, self._checkpoints.work_folder("restore"))

@@ -24,7 +24,7 @@ FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"
 
-_LARGEST_FILE = 1 << 20
+_MAX_FILE_BYTES = 1 << 20
 _NAME = re.compile(r"([a-zA-Z0-9][\w.-]*/[a-zA-Z][\w.-]*)=([a-zA-Z0-9]([\w.:-]*[a-zA-Z0-9])?)", re.ASCII)
 
 
@@ -166,9 +166,9 @@ def _known_devices(folders: Iterable[Path]) -> tuple[_Known, list[str]]:
 @lru_cache(maxsize=64)
 def _read(path: Path, _changed: int, _size: int) -> Description:
     """Raises OSError and ValueError (JsonError and msgspec's errors are ValueErrors; YAML's are converted)."""
-    content = untrusted_json.read_file(path, _LARGEST_FILE)
+    content = untrusted_json.read_file(path, _MAX_FILE_BYTES)
     if path.suffix == ".json":
-        return untrusted_json.decode(content, Description, most_bytes=_LARGEST_FILE)
+        return untrusted_json.decode(content, Description, max_bytes=_MAX_FILE_BYTES)
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # SafeLoader is a hundred times slower
@@ -190,9 +190,9 @@ def _check_shape(events: Iterable[Any]) -> None:
                 depth += 1
             case "MappingEndEvent" | "SequenceEndEvent":
                 depth -= 1
-        if depth > untrusted_json.DEEPEST or values > untrusted_json.MOST_VALUES:
+        if depth > untrusted_json.DEEPEST or values > untrusted_json.MAX_VALUES:
             raise ValueError(
-                f"it holds more than {untrusted_json.MOST_VALUES} values or nests more than "
+                f"it holds more than {untrusted_json.MAX_VALUES} values or nests more than "
                 f"{untrusted_json.DEEPEST} within each other"
             )
 

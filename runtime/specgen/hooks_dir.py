@@ -21,9 +21,9 @@ import msgspec
 from host import untrusted_json
 from runtime.specgen import config
 
-MOST_FILES = 1024  # of one folder
+MAX_FILES = 1024  # of one folder
 
-_LARGEST_FILE = 256 << 10
+_MAX_FILE_BYTES = 256 << 10
 _STAGES = {
     "prestart": "prestart",
     "createRuntime": "create_runtime",
@@ -167,14 +167,14 @@ def _files_of(folder: str, problems: dict[str, str]) -> dict[str, str]:
     except OSError as error:
         problems[folder] = str(error)
         return {}
-    if len(names) > MOST_FILES:
-        problems[folder] = f"it has {len(names)} files: those after the first {MOST_FILES} are left out"
-    return {name: f"{folder}/{name}" for name in names[:MOST_FILES]}
+    if len(names) > MAX_FILES:
+        problems[folder] = f"it has {len(names)} files: those after the first {MAX_FILES} are left out"
+    return {name: f"{folder}/{name}" for name in names[:MAX_FILES]}
 
 
 def read_rule(path: Path) -> _Rule:
     """The hook and the conditions in a file. Raises OSError, JsonError and ValueError for an invalid file."""
-    file = untrusted_json.decode(untrusted_json.read_file(path, _LARGEST_FILE), _File)
+    file = untrusted_json.decode(untrusted_json.read_file(path, _MAX_FILE_BYTES), _File)
     hook, when = file.hook, file.when
     if not hook.path.startswith("/") or "\0" in hook.path:
         raise ValueError(f"hook.path {hook.path!r} is not absolute")

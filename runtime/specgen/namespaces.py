@@ -11,7 +11,7 @@ from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.specgen import config
 
-_MOST_RANGES = 340
+_MAX_RANGES = 340
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ def map_file(mappings: Iterable[config.IDMapping]) -> str:
 
 def _refuse_too_many(mappings: Sequence[config.IDMapping], field: str) -> None:
     size, most = len(map_file(mappings)), os.sysconf("SC_PAGE_SIZE") - 1
-    if len(mappings) > _MOST_RANGES or size > most:
+    if len(mappings) > _MAX_RANGES or size > most:
         raise InvalidArgumentError(
-            f"{field}: {len(mappings)} ranges in {size} bytes are more than the {_MOST_RANGES} in {most} that "
+            f"{field}: {len(mappings)} ranges in {size} bytes are more than the {_MAX_RANGES} in {most} that "
             "the kernel takes: join ranges that follow each other"
         )
 

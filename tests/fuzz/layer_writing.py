@@ -24,8 +24,8 @@ from images.unpack.writing.layer_writer import LayerWriter
 from tests.fuzz.tars import changed_tar, crowded_tar
 from tests.support.fuzz import rounds
 
-MOST_BYTES = 1 << 20
-MOST_ENTRIES = 1000
+MAX_BYTES = 1 << 20
+MAX_ENTRIES = 1000
 _RECENT = 1_500_000_000_000_000_000  # folders that no entry describes have the time of their making
 
 
@@ -38,8 +38,8 @@ def write_one(content: bytes, step: int, *, helped: bool) -> str:
         piece, left = bytes(left[: min(size, step)]), left[min(size, step) :]
         return piece
 
-    reader = TarReader(Stream(read, len, MOST_BYTES))
-    writer = LayerWriter(reader, MOST_ENTRIES)
+    reader = TarReader(Stream(read, len, MAX_BYTES))
+    writer = LayerWriter(reader, MAX_ENTRIES)
     if helped:
         helper = HelperProcess()
         if helper.fork():
@@ -48,7 +48,7 @@ def write_one(content: bytes, step: int, *, helped: bool) -> str:
             except BaseException:
                 traceback.print_exc()
             os._exit(0)
-        writer = helped_writer.HelpedLayerWriter(reader, MOST_ENTRIES, helper)
+        writer = helped_writer.HelpedLayerWriter(reader, MAX_ENTRIES, helper)
     try:
         writer.write_all()
     except (TarError, LimitError) as error:
@@ -87,7 +87,7 @@ def main() -> int:
     os.umask(0)
     os.chroot(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))
-    vars(helped_writer)["MOST_FILES"] = 4  # so that several batches are under way
+    vars(helped_writer)["MAX_FILES"] = 4  # so that several batches are under way
     count = 0
     for seed in rounds(duration):
         count += 1

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from host.untrusted_json import DEEPEST
-from images.oci.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MAX_LAYERS
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.refusals import refused
 from tests.support.agent import PATIENCE, AgentProcess
@@ -90,13 +90,13 @@ def test_a_manifest_of_25000_layers_is_refused_at_once(quiet_log: AgentProcess, 
     name = scripted.offer("many", manifest, kind, *blobs)
     forget_peak(quiet_log)
     before = peak_memory(quiet_log)
-    slowest = _slowest_version_during(quiet_log, name, f"at most {MOST_LAYERS}")
+    slowest = _slowest_version_during(quiet_log, name, f"at most {MAX_LAYERS}")
     assert slowest < PATIENCE
     assert peak_memory(quiet_log) - before < 64 << 20
     assert not scripted.requests("/blobs/"), "no layer may be asked for"
-    manifest, kind, blobs = small_image(config, layers=layers[: MOST_LAYERS + 1])
+    manifest, kind, blobs = small_image(config, layers=layers[: MAX_LAYERS + 1])
     name = scripted.offer("many", manifest, kind, *blobs)
-    refused("INVALID_ARGUMENT", name, str(MOST_LAYERS + 1), call=lambda: pull(quiet_log, name))
+    refused("INVALID_ARGUMENT", name, str(MAX_LAYERS + 1), call=lambda: pull(quiet_log, name))
     assert not scripted.requests("/blobs/")
 
 

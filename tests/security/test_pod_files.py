@@ -9,7 +9,7 @@ from tests.security.conftest import StartAttacker
 from tests.support.agent import AgentProcess
 
 FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/hostname")
-MOST = 2 << 20
+MAX_BYTES = 2 << 20
 
 
 def test_containers_cannot_fill_the_run_folder(quiet_log: AgentProcess, attacker: StartAttacker) -> None:
@@ -19,10 +19,10 @@ def test_containers_cannot_fill_the_run_folder(quiet_log: AgentProcess, attacker
     files = " ".join(FILES)
     ours.shell(f"for file in {files}; do cat /dev/zero | head -c 33554432 >> $file; done")
     sizes = [int(size) for size in ours.shell(f"stat -c %s {files}").split()]
-    assert 0 < sum(sizes) <= MOST
+    assert 0 < sum(sizes) <= MAX_BYTES
     room = os.statvfs(quiet_log.run)
     inside = ours.shell("stat -f -c '%S %b' /etc/hosts").split()
-    assert int(inside[0]) * int(inside[1]) <= MOST < room.f_frsize * room.f_blocks
+    assert int(inside[0]) * int(inside[1]) <= MAX_BYTES < room.f_frsize * room.f_blocks
     again = ours.beside(like_kubelets("again"))
     assert quiet_log.client.output(again, "stat", "-c", "%s", "/etc/resolv.conf").strip() == str(sizes[0])
 

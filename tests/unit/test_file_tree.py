@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host.files import mounts
-from host.files.file_tree import MOST_OPEN, FolderStack, Walk, shown
+from host.files.file_tree import MAX_OPEN, FolderStack, Walk, shown
 from host.files.removal import OutOfBudgetError, Removal, remove_tree
 
 _LONG = "n" * 250
@@ -43,7 +43,7 @@ def root(tmp_path: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("levels", [17, MOST_OPEN, MOST_OPEN + 1, 2000])
+@pytest.mark.parametrize("levels", [17, MAX_OPEN, MAX_OPEN + 1, 2000])
 def test_deep_trees_are_walked_with_few_descriptors_and_removed(tmp_path: Path, root: int, levels: int) -> None:
     (tmp_path / "deep").mkdir()
     make_deep(tmp_path / "deep", levels)
@@ -59,7 +59,7 @@ def test_deep_trees_are_walked_with_few_descriptors_and_removed(tmp_path: Path, 
             files += 1
             assert step.entry.stat(follow_symlinks=False).st_size == 0
     assert (entered, left, files) == (levels + 1, levels + 1, 1)
-    assert most <= before + MOST_OPEN + 5
+    assert most <= before + MAX_OPEN + 5
     assert open_descriptors() == before
     assert remove_tree(tmp_path / "deep") == []
     assert names(tmp_path) == []
@@ -81,11 +81,11 @@ def test_names_that_are_not_utf_8_are_walked_and_removed(tmp_path: Path, root: i
 
 def test_a_folder_that_is_moved_away_while_the_walk_is_below_it_ends_nothing(tmp_path: Path, root: int) -> None:
     (tmp_path / "inside").mkdir()
-    make_deep(tmp_path / "inside", 3 * MOST_OPEN, "d")
+    make_deep(tmp_path / "inside", 3 * MAX_OPEN, "d")
     (tmp_path / "beside").mkdir()
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     outside.mkdir()
-    moved = tmp_path / "inside" / "/".join("d" * MOST_OPEN)
+    moved = tmp_path / "inside" / "/".join("d" * MAX_OPEN)
     walk = Walk(root)
     names = []
     for step in walk:
@@ -121,7 +121,7 @@ def test_more_folders_than_a_walk_remembers_are_left_out_and_still_removed(tmp_p
     for number in range(50):
         (tmp_path / "wide" / str(number)).mkdir(parents=True)
         (tmp_path / "wide" / str(number) / "file").touch()
-    walk = Walk(root, most_waiting=7)
+    walk = Walk(root, max_waiting=7)
     assert sum(step.name == "file" for step in walk) < 50
     assert walk.left_out
     assert remove_tree(tmp_path / "wide") == []
@@ -160,12 +160,12 @@ def test_what_is_not_there_and_what_is_no_folder_are_fine(tmp_path: Path) -> Non
 
 
 def test_a_stack_of_folders_goes_back_up_past_what_it_closed(tmp_path: Path, root: int) -> None:
-    make_deep(tmp_path, 3 * MOST_OPEN, "d")
+    make_deep(tmp_path, 3 * MAX_OPEN, "d")
     with FolderStack(root) as stack:
-        for _ in range(3 * MOST_OPEN):
+        for _ in range(3 * MAX_OPEN):
             stack.enter("d")
-        assert stack.depth == 3 * MOST_OPEN
-        for depth in reversed(range(3 * MOST_OPEN)):
+        assert stack.depth == 3 * MAX_OPEN
+        for depth in reversed(range(3 * MAX_OPEN)):
             assert stack.leave()
             assert stack.depth == depth
             assert names(Path(f"/proc/self/fd/{stack.descriptor}")) == ["d"]

@@ -70,7 +70,7 @@ BANNED = [(re.compile(rf"\b(?:{words})\b", re.IGNORECASE), usual) for words, usu
 QUOTED = re.compile(r"``.*?``|`[^`]*`|\"[^\"]*\"", re.DOTALL)
 
 # Words of a sentence, at most. The aim is 25; a list of names in a sentence may take it further.
-MOST_WORDS = 35
+MAX_WORDS = 35
 
 _LOG_CALLS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 _HELP = {"help", "description", "epilog"}
@@ -198,13 +198,13 @@ def _first_text(call: ast.Call) -> str | None:
 
 
 def long_sentences(path: Path, found: Iterator[Text]) -> list[str]:
-    """A complaint for each sentence with more than MOST_WORDS."""
+    """A complaint for each sentence with more than MAX_WORDS."""
     return [
         f"{path.relative_to(ROOT)}:{line}: a sentence of {len(sentence.split())} words: {sentence[:60]}..."
         for line, text in found
         for paragraph in text.split("\n\n")
         for sentence in re.split(r"(?<=[.!?:;])\s", " ".join(paragraph.split()))
-        if len(sentence.split()) > MOST_WORDS
+        if len(sentence.split()) > MAX_WORDS
     ]
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CHUNK = 1 << 20
-LONGEST_HEADER = 1 << 20
+MAX_HEADER_BYTES = 1 << 20
 # The extended headers of an archive may have this size in all, and so many bytes more for each entry.
 HEADERS_AT_ONCE = 64 << 20
 HEADERS_PER_ENTRY = 8 << 10
@@ -242,8 +242,8 @@ class TarReader:
         return block
 
     def _header_data(self, size: int) -> bytes:
-        if size > LONGEST_HEADER:
-            raise LimitError(f"an extended header has {size} bytes, more than {LONGEST_HEADER}")
+        if size > MAX_HEADER_BYTES:
+            raise LimitError(f"an extended header has {size} bytes, more than {MAX_HEADER_BYTES}")
         self._header_bytes -= size
         if self._header_bytes < 0:
             raise LimitError(

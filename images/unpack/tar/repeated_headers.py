@@ -10,7 +10,7 @@ from zlib import adler32
 
 from images.unpack.tar.headers import FOLDER, REGULAR, Entry
 
-_MOST = 4096  # cached headers, and cached times
+_MAX_CACHED = 4096  # cached headers, and cached times
 _CHECKSUM_SPACES = 8 * 32  # the checksum counts its own field as eight spaces
 
 
@@ -42,7 +42,7 @@ class RepeatedHeaders:
             return
         name = block[:100].partition(b"\0")[0]
         for kept in (self._headers, self._times):
-            if len(kept) >= _MOST:
+            if len(kept) >= _MAX_CACHED:
                 kept.clear()
         # Half of Adler-32 is 1 and the sum of the bytes, up to 65520.
         rest_sum = (adler32(block[156:334]) & 0xFFFF) + (adler32(block[334:]) & 0xFFFF) - 3

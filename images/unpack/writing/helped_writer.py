@@ -13,7 +13,7 @@ import os
 import stat
 
 from images.unpack.tar.headers import FOLDER, HARD_LINK, REGULAR, SYMBOLIC_LINK, Entry, LimitError, TarError
-from images.unpack.writing.helper_process import LARGEST_FILE, MOST_BYTES, MOST_FILES, HelperProcess
+from images.unpack.writing.helper_process import MAX_BYTES, MAX_FILE_BYTES, MAX_FILES, HelperProcess
 from images.unpack.writing.layer_root import is_clean
 from images.unpack.writing.layer_writer import DISK_BLOCK, LayerWriter, named
 from images.unpack.writing.small_file import NEW_FILE, failed_files, make_file
@@ -77,7 +77,7 @@ class HelpedLayerWriter(LayerWriter):
 
     def _new_file(self, entry: Entry, path: bytes) -> bool:
         """Have a new file made, by the helper if it is small; False, and nothing is done, if it is not new."""
-        file = self._small_file(entry, path) if entry.size <= LARGEST_FILE else None
+        file = self._small_file(entry, path) if entry.size <= MAX_FILE_BYTES else None
         if file is None:
             try:
                 descriptor = os.open(path, NEW_FILE, entry.mode)
@@ -89,7 +89,7 @@ class HelpedLayerWriter(LayerWriter):
         self._batch_bytes += len(path) + entry.size
         self._pending.add(path)
         self._count(entry.size)
-        if len(self._batch) == MOST_FILES or self._batch_bytes >= MOST_BYTES:
+        if len(self._batch) == MAX_FILES or self._batch_bytes >= MAX_BYTES:
             self._send_batch()
         return True
 

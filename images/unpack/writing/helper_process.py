@@ -19,9 +19,9 @@ TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from images.unpack.writing.small_file import SmallFile
 
-MOST_FILES = 64  # of a batch: an answer has one bit for each
-MOST_BYTES = 192 << 10  # of a batch that takes one more file
-LARGEST_FILE = 32 << 10  # copying larger ones would take longer than making them
+MAX_FILES = 64  # of a batch: an answer has one bit for each
+MAX_BYTES = 192 << 10  # of a batch that takes one more file
+MAX_FILE_BYTES = 32 << 10  # copying larger ones would take longer than making them
 _SEGMENTS = 4
 _SEGMENT_BYTES = 256 << 10  # of a full batch, with names and what marshal adds
 _ANSWERS_AT = _SEGMENTS * _SEGMENT_BYTES  # a byte behind the segments that counts answers

@@ -14,10 +14,10 @@ import stat
 
 from images.unpack.tar.headers import TarError, shown
 
-LONGEST_NAME = 32 << 10
-MOST_PARTS = 1024
-_LONGEST_PATH = 4000  # PATH_MAX is 4096
-_MOST_LINKS = 255
+MAX_NAME_LENGTH = 32 << 10
+MAX_PARTS = 1024
+_MAX_PATH_LENGTH = 4000  # PATH_MAX is 4096
+_MAX_LINKS = 255
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # ELOOP: behind a loop of links
 
 
@@ -28,7 +28,7 @@ def is_clean(name: bytes) -> bool:
         and b"//" not in name
         and name[:1] not in b"./"
         and name[-1:] != b"/"
-        and len(name) < MOST_PARTS
+        and len(name) < MAX_PARTS
     )
 
 
@@ -37,8 +37,8 @@ def clean(name: bytes) -> bytes:
 
     An empty name means the root, as in containerd.
     """
-    if len(name) > LONGEST_NAME:
-        raise TarError(f"{shown(name)} has a name of {len(name)} bytes, the longest may have {LONGEST_NAME}")
+    if len(name) > MAX_NAME_LENGTH:
+        raise TarError(f"{shown(name)} has a name of {len(name)} bytes, the longest may have {MAX_NAME_LENGTH}")
     name = name.removeprefix(b"./")
     if is_clean(name):
         return name
@@ -50,8 +50,8 @@ def clean(name: bytes) -> bytes:
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
-    if len(parts) > MOST_PARTS:
-        raise TarError(f"{shown(name)} is {len(parts)} folders deep, at most {MOST_PARTS} are allowed")
+    if len(parts) > MAX_PARTS:
+        raise TarError(f"{shown(name)} is {len(parts)} folders deep, at most {MAX_PARTS} are allowed")
     return b"/".join(parts)
 
 
@@ -69,8 +69,8 @@ class LayerRoot:
         if self.away:
             os.chdir("/")
             self.away = False
-        while len(path) > _LONGEST_PATH:
-            cut = path.rfind(b"/", 0, _LONGEST_PATH)
+        while len(path) > _MAX_PATH_LENGTH:
+            cut = path.rfind(b"/", 0, _MAX_PATH_LENGTH)
             if cut <= 0:
                 break  # one component is too long: the kernel raises the error
             os.chdir(path[:cut])
@@ -80,7 +80,7 @@ class LayerRoot:
 
     def link(self, target: bytes, path: bytes) -> None:
         """Make ``path`` a hard link to ``target``. Raises OSError."""
-        if len(target) <= _LONGEST_PATH and len(path) <= _LONGEST_PATH:
+        if len(target) <= _MAX_PATH_LENGTH and len(path) <= _MAX_PATH_LENGTH:
             self.near(b"")
             os.link(target, path, follow_symlinks=False)
             return
@@ -132,7 +132,7 @@ class LayerRoot:
                     raise
                 continue
             links += 1
-            if links > _MOST_LINKS:
+            if links > _MAX_LINKS:
                 raise TarError(f"{shown(path)} is behind a loop of symbolic links")
             done = [] if target.startswith(b"/") else done[:-1]
             pending += target.split(b"/")[::-1]

@@ -35,10 +35,10 @@ from runtime.checkpoint.pod.document import (
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_LARGEST_DOCUMENT = 4 << 20
-_MOST_VALUES = 200_000
-_MOST_CONTAINERS = 1000
-_MOST_FILES = 20_000
+_MAX_DOCUMENT_BYTES = 4 << 20
+_MAX_VALUES = 200_000
+_MAX_CONTAINERS = 1000
+_MAX_FILES = 20_000
 _PIECE = 8 << 20
 _CLONE = 0x40049409  # FICLONE of ioctl_ficlone(2)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
@@ -50,12 +50,12 @@ _TAKEN = (documents.CONFIG, documents.DIFF, documents.DELETED)
 
 
 class PodSource:
-    """The open folder of a checkpoint. ``subject`` names it in errors. At most ``most_bytes`` are taken from it."""
+    """The open folder of a checkpoint. ``subject`` names it in errors. At most ``max_bytes`` are taken from it."""
 
-    def __init__(self, descriptor: int, subject: str, most_bytes: int) -> None:
+    def __init__(self, descriptor: int, subject: str, max_bytes: int) -> None:
         self._descriptor = descriptor
         self._subject = subject
-        self._left = most_bytes
+        self._left = max_bytes
         self._files = 0
 
     def read(self) -> PodDocument:
@@ -67,10 +67,10 @@ class PodSource:
             raise InvalidArgumentError(f"{subject} has no checkpoint of a pod: {DOCUMENT} is missing") from error
         with os.fdopen(file, "rb") as opened:
             self._require_file(file, DOCUMENT)
-            content = opened.read(_LARGEST_DOCUMENT + 1)
+            content = opened.read(_MAX_DOCUMENT_BYTES + 1)
         try:
             document = untrusted_json.decode(
-                content, PodDocument, most_bytes=_LARGEST_DOCUMENT, most_values=_MOST_VALUES
+                content, PodDocument, max_bytes=_MAX_DOCUMENT_BYTES, max_values=_MAX_VALUES
             )
         except JsonError as error:
             raise InvalidArgumentError(f"{subject}: {DOCUMENT} cannot be read: {error}") from error
@@ -86,8 +86,8 @@ class PodSource:
                 f"{subject} was made on {document.machine[:50]!r}: its processes cannot run on {own}"
             )
         saved = document.containers
-        if not 0 < len(saved) <= _MOST_CONTAINERS:
-            raise InvalidArgumentError(f"{subject} has {len(saved)} containers: it must have 1 to {_MOST_CONTAINERS}")
+        if not 0 < len(saved) <= _MAX_CONTAINERS:
+            raise InvalidArgumentError(f"{subject} has {len(saved)} containers: it must have 1 to {_MAX_CONTAINERS}")
         for what, values in (("name", [each.name for each in saved]), ("folder", [each.folder for each in saved])):
             if len(set(values)) < len(values):
                 raise InvalidArgumentError(f"{subject} has two containers with the same {what}")
@@ -142,8 +142,8 @@ class PodSource:
     def _count(self, size: int, name: str) -> None:
         self._files += 1
         self._left -= size
-        if self._files > _MOST_FILES:
-            raise LimitError(f"{self._subject} has more than {_MOST_FILES} files")
+        if self._files > _MAX_FILES:
+            raise LimitError(f"{self._subject} has more than {_MAX_FILES} files")
         if self._left < 0:
             raise LimitError(f"{self._subject} is too large: with {name} it exceeds the limit for images")
 

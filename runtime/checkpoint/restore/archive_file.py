@@ -22,10 +22,10 @@ _DOCUMENTS = {documents.CONFIG, documents.DIFF, documents.DELETED, documents.SHA
 _FOLDERS = (documents.IMAGES, documents.VOLUMES)
 
 
-def open_allowed(path: str, folders: Sequence[str], most_bytes: int) -> int:
+def open_allowed(path: str, folders: Sequence[str], max_bytes: int) -> int:
     """Open the archive at ``path``, which must be in one of ``folders`` and writable only by root.
 
-    Raises NotFoundError for a missing file, LimitError for one of more than ``most_bytes``, and InvalidArgumentError
+    Raises NotFoundError for a missing file, LimitError for one of more than ``max_bytes``, and InvalidArgumentError
     for any other file, and for a path that is not allowed.
     """
     subject = f"checkpoint archive {path[:300]!r}"
@@ -47,20 +47,20 @@ def open_allowed(path: str, folders: Sequence[str], most_bytes: int) -> int:
     except OSError as error:
         raise InvalidArgumentError(f"{subject} cannot be opened: {error.strerror}") from error
     try:
-        _check_status(os.fstat(descriptor), subject, most_bytes)
+        _check_status(os.fstat(descriptor), subject, max_bytes)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _check_status(status: os.stat_result, subject: str, most_bytes: int) -> None:
+def _check_status(status: os.stat_result, subject: str, max_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise InvalidArgumentError(f"{subject} is not a regular file")
     if status.st_uid or status.st_mode & 0o022:
         raise InvalidArgumentError(f"{subject} can be written by others than root: chown it to root with mode 0600")
-    if status.st_size > most_bytes:
-        raise LimitError(f"{subject} is larger than {most_bytes} bytes (images.max_layer_bytes)")
+    if status.st_size > max_bytes:
+        raise LimitError(f"{subject} is larger than {max_bytes} bytes (images.max_layer_bytes)")
     if status.st_size % tarfile.BLOCKSIZE:
         raise InvalidArgumentError(f"{subject} is not a plain tar file: decompress it first if it is compressed")
 

@@ -14,23 +14,23 @@ from host.errors import InvalidArgumentError
 
 M = TypeVar("M", bound=Message)
 
-_LARGEST_IMAGE = 64 << 20
-_MOST_ENTRIES = 100_000
+_MAX_IMAGE_BYTES = 64 << 20
+_MAX_ENTRIES = 100_000
 _SIZE = struct.Struct("<I")
 _MAGIC = 8  # bytes: two magic numbers before the first entry
 INVENTORY_MAGIC = 4  # the inventory has one magic number
 
 
-def entries(path: Path, kind: type[M], magic: int = _MAGIC, most: int = _MOST_ENTRIES) -> Iterator[M]:
+def entries(path: Path, kind: type[M], magic: int = _MAGIC, most: int = _MAX_ENTRIES) -> Iterator[M]:
     """The entries of an image; a missing image has none. Raises InvalidArgumentError for one that is broken."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     with os.fdopen(descriptor, "rb") as file:
-        content = file.read(_LARGEST_IMAGE + 1)
-    if len(content) > _LARGEST_IMAGE:
-        raise InvalidArgumentError(f"the checkpoint's {path.name} is larger than {_LARGEST_IMAGE} bytes")
+        content = file.read(_MAX_IMAGE_BYTES + 1)
+    if len(content) > _MAX_IMAGE_BYTES:
+        raise InvalidArgumentError(f"the checkpoint's {path.name} is larger than {_MAX_IMAGE_BYTES} bytes")
     position = magic
     for _ in range(most):
         if position >= len(content):

@@ -13,7 +13,7 @@ from runtime.checkpoint.restore import criu_images
 
 _NAME = re.compile(r"pagemap-(shmem-)?\d+\.img")
 _IN_PARENT, _PRESENT = 1, 4
-_MOST_ENTRIES = 4_000_000
+_MAX_ENTRIES = 4_000_000
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -29,7 +29,7 @@ def check_memory(folder: Path) -> None:
 
 def _check(folder: Path, path: Path) -> None:
     # The first entry is another message, whose only field means the address in those that follow.
-    found = criu_images.entries(path, images_pb2.Pagemap, most=_MOST_ENTRIES)
+    found = criu_images.entries(path, images_pb2.Pagemap, most=_MAX_ENTRIES)
     head = next(found, None)
     if head is None:
         return

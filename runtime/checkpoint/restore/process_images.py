@@ -16,7 +16,7 @@ NAME = re.compile(r"core-\d+\.img")
 
 _NUMBERS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _NO_LIMIT = (1 << 64) - 1
-_MOST_LIMITS = 16  # RLIM_NLIMITS
+_MAX_LIMITS = 16  # RLIM_NLIMITS
 _MAGIC = 8
 
 
@@ -60,12 +60,12 @@ def _unsigned(limit: int) -> int:
 
 
 def _limit(rlimits: images_pb2.ResourceLimits, limits: Mapping[int, tuple[int, int]]) -> None:
-    del rlimits.rlimits[_MOST_LIMITS:]
+    del rlimits.rlimits[_MAX_LIMITS:]
     for number, entry in enumerate(rlimits.rlimits):
         soft, hard = limits.get(number, (_NO_LIMIT, _NO_LIMIT))
         if entry.max > hard:
             entry.max, entry.cur = hard, min(entry.cur, soft)
         entry.cur = min(entry.cur, entry.max)
-    for number in range(len(rlimits.rlimits), _MOST_LIMITS):
+    for number in range(len(rlimits.rlimits), _MAX_LIMITS):
         soft, hard = limits.get(number, (_NO_LIMIT, _NO_LIMIT))
         rlimits.rlimits.add(cur=soft, max=hard)

@@ -45,7 +45,7 @@ _PIECE = 1 << 20
 _UNPACKED = "archive"
 _SECONDS = 300.0  # for a restore, and more for its memory
 _SLOWEST = 5 << 20  # bytes a second
-_LARGEST_LOG = 64 << 20
+_MAX_LOG_BYTES = 64 << 20
 _LOOK_SECONDS = 0.5
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -239,8 +239,8 @@ class Restores:
         begin = time.monotonic()
         while time.monotonic() < begin + allowed:
             await asyncio.sleep(_LOOK_SECONDS)
-            if await in_thread(_length, log) > _LARGEST_LOG:
-                why.append(f"CRIU wrote more than {_LARGEST_LOG >> 20} MiB of log")
+            if await in_thread(_length, log) > _MAX_LOG_BYTES:
+                why.append(f"CRIU wrote more than {_MAX_LOG_BYTES >> 20} MiB of log")
                 break
         else:
             why.append(f"CRIU did not end within {allowed:.0f} s")

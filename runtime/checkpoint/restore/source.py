@@ -25,9 +25,9 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _HOST_NAMES = re.compile(r"utsns-\d+\.img")
 _MAGIC = 8  # bytes before the entries of most images
 _NO_NETWORK_LOCK = 3  # of CRIU's network_lock_method
-_MOST_IMAGES = 20_000
-_MOST_DELETED = 1_000_000
-_LARGEST_DELETED = 256 << 20
+_MAX_IMAGES = 20_000
+_MAX_DELETED = 1_000_000
+_MAX_DELETED_BYTES = 256 << 20
 # Images of processes, their memory and their files. Others are left out: with them CRIU could change the network, load
 # security policies or mount.
 _RESTORED = re.compile(
@@ -47,7 +47,7 @@ def deleted_names(layer: Path) -> list[str]:
     path = layer / documents.DELETED
     if not path.is_file():
         return []
-    names = _decoded(path, list[str], most_bytes=_LARGEST_DELETED, most_values=_MOST_DELETED)
+    names = _decoded(path, list[str], max_bytes=_MAX_DELETED_BYTES, max_values=_MAX_DELETED)
     cleaned = [name.strip("/") for name in names]
     for name in cleaned:
         if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
@@ -67,8 +67,8 @@ def link_images(layer: Path, target: Path) -> None:
     try:
         with os.scandir(source) as found:
             names = [entry.name for entry in found]
-        if len(names) > _MOST_IMAGES:
-            raise InvalidArgumentError(f"the checkpoint has more than {_MOST_IMAGES} images")
+        if len(names) > _MAX_IMAGES:
+            raise InvalidArgumentError(f"the checkpoint has more than {_MAX_IMAGES} images")
         for name in names:
             status = os.stat(name, dir_fd=source, follow_symlinks=False)
             if not _PLAIN_NAME.fullmatch(name) or not stat.S_ISREG(status.st_mode):
@@ -114,9 +114,9 @@ def _rename(image: Path, target: Path, hostname: str) -> None:
     criu_images.write(target, image.read_bytes()[:_MAGIC], names)
 
 
-def _decoded(path: Path, kind: type[T], *, most_bytes: int = untrusted_json.MOST_BYTES, most_values: int = 50_000) -> T:
+def _decoded(path: Path, kind: type[T], *, max_bytes: int = untrusted_json.MAX_BYTES, max_values: int = 50_000) -> T:
     try:
-        content = untrusted_json.read_file(path, most_bytes)
-        return untrusted_json.decode(content, kind, most_bytes=most_bytes, most_values=most_values)
+        content = untrusted_json.read_file(path, max_bytes)
+        return untrusted_json.decode(content, kind, max_bytes=max_bytes, max_values=max_values)
     except (JsonError, OSError) as error:
         raise InvalidArgumentError(f"the checkpoint's {path.name} cannot be read: {error}") from error

@@ -12,11 +12,11 @@ from pathlib import Path
 from host.files.file_tree import open_below
 from images.archives.files import BoundedTarInfo
 
-_LARGEST = 256 << 10  # bytes of the tar file
-_MOST_MEMBERS = 200
-_MOST_PARTS = 32
-_MOST_ID = (1 << 32) - 2
-_MOST_SECONDS = 1 << 40
+_MAX_TAR_BYTES = 256 << 10  # bytes of the tar file
+_MAX_MEMBERS = 200
+_MAX_PARTS = 32
+_MAX_ID = (1 << 32) - 2
+_MAX_SECONDS = 1 << 40
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,8 +59,8 @@ def unpack_small(archive: Path, folder: Path) -> bool:
 def _read(archive: Path) -> bytes | None:
     descriptor = os.open(archive, _READ)
     with os.fdopen(descriptor, "rb") as file:
-        content = file.read(_LARGEST + 1)
-    return content if len(content) <= _LARGEST else None
+        content = file.read(_MAX_TAR_BYTES + 1)
+    return content if len(content) <= _MAX_TAR_BYTES else None
 
 
 def _plain_members(file: tarfile.TarFile) -> Sequence[tuple[tarfile.TarInfo, str]] | None:
@@ -73,10 +73,10 @@ def _plain_members(file: tarfile.TarFile) -> Sequence[tuple[tarfile.TarInfo, str
     for member in file:
         name = member.name.removeprefix("./").rstrip("/") or "."
         parent, last = (".", name) if "/" not in name else (name.rpartition("/")[0], name.rpartition("/")[2])
-        odd = name in names or parent not in folders or name.count("/") >= _MOST_PARTS
+        odd = name in names or parent not in folders or name.count("/") >= _MAX_PARTS
         odd = odd or (name == "." and not member.isdir()) or last in ("", "..") or (last == "." and name != ".")
         odd = odd or last.startswith(".wh.") or "\0" in name or "\0" in member.linkname
-        if odd or len(found) >= _MOST_MEMBERS or not _is_plain(member):
+        if odd or len(found) >= _MAX_MEMBERS or not _is_plain(member):
             return None
         names.add(name)
         if member.isdir():
@@ -87,8 +87,8 @@ def _plain_members(file: tarfile.TarFile) -> Sequence[tuple[tarfile.TarInfo, str
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
     kind = member.isdir() or member.issym() or (member.isreg() and not member.issparse())
-    ids = 0 <= member.uid <= _MOST_ID and 0 <= member.gid <= _MOST_ID
-    return kind and ids and 0 <= member.mtime < _MOST_SECONDS and not member.pax_headers
+    ids = 0 <= member.uid <= _MAX_ID and 0 <= member.gid <= _MAX_ID
+    return kind and ids and 0 <= member.mtime < _MAX_SECONDS and not member.pax_headers
 
 
 def _make(file: tarfile.TarFile, member: tarfile.TarInfo, name: str, root: int) -> None:

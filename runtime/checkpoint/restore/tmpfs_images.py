@@ -18,8 +18,8 @@ NAME = re.compile(r"tmpfs-(dev-)?\d+\.tar\.gz\.img")
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 
 _OTHER_NODES = {(5, 1), (5, 2)}  # console and ptmx
-_MOST_MEMBERS = 20_000
-_LARGEST = 16 << 30  # bytes, unpacked
+_MAX_MEMBERS = 20_000
+_MAX_UNPACKED_BYTES = 16 << 30  # bytes, unpacked
 _KEPT_RECORDS = ("SCHILY.xattr.", "mtime")
 
 
@@ -40,7 +40,7 @@ def write_again(source: Path, target: Path) -> None:
         ):
             for count, member in enumerate(archive):
                 written += member.size
-                if count > _MOST_MEMBERS or written > _LARGEST:
+                if count > _MAX_MEMBERS or written > _MAX_UNPACKED_BYTES:
                     raise InvalidArgumentError(f"the checkpoint's {name} has too many members, or too large ones")
                 _check(member, name, links)
                 kept = {key: value for key, value in member.pax_headers.items() if key.startswith(_KEPT_RECORDS)}

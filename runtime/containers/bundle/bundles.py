@@ -26,7 +26,7 @@ from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
-_MOST_HANGING = 256  # threads that wait for volumes of containers whose creation was cancelled
+_MAX_HANGING = 256  # threads that wait for volumes of containers whose creation was cancelled
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Bundles:
     def __init__(self, hooks: Hooks, options: RuntimeOptions) -> None:
         self._hooks = hooks
         self._options = options
-        self._threads = AbandonableThreads(_MOST_HANGING)
+        self._threads = AbandonableThreads(_MAX_HANGING)
 
     async def log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
         """The path of the log, None for no log. Raises InvalidArgumentError."""

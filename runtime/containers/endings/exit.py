@@ -34,7 +34,7 @@ _LOG_SECONDS = 1.0
 _CGROUP_SECONDS = 5.0
 # Pauses between attempts to handle an end. Attempts fail on a node without free descriptors or process ids.
 _FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 15.0
+_MAX_PAUSE_SECONDS = 15.0
 _log = logging.getLogger("podkeel.containers")
 
 
@@ -86,7 +86,7 @@ class ContainerExit:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._closing.wait()
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
     async def _handle_end(self, container: Container) -> None:
         async with container.lock:

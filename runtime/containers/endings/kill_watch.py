@@ -32,7 +32,7 @@ _SETTLE_SECONDS = 0.1
 # One check may use this share of a processor's time and read this many processes: a container can cause kills
 # permanently.
 _LOOK_SHARE = 0.05
-_MOST_PROCESSES = 256
+_MAX_PROCESSES = 256
 
 _log = logging.getLogger("podkeel.containers")
 
@@ -185,7 +185,7 @@ class KillWatch:
         at = _time_of(file)
         file.unlink(missing_ok=True)  # before the count is read: a later kill causes a new check
         kills = out_of_memory_kills(self._cgroups, container.record.cgroup)
-        pids = self._cgroups.processes(container.record.cgroup)[:_MOST_PROCESSES]
+        pids = self._cgroups.processes(container.record.cgroup)[:_MAX_PROCESSES]
         dying = any(map(procfs.is_being_killed, pids))
         return _Look(kills, time.time_ns() if dying else at, dying)
 

@@ -10,9 +10,9 @@ from google.protobuf.message import Message
 from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError
 
-MOST_BYTES = 1 << 20
-MOST_ENTRIES = 1024  # of one list or map
-MOST_UPDATES = 4096
+MAX_BYTES = 1 << 20
+MAX_ENTRIES = 1024  # of one list or map
+MAX_UPDATES = 4096
 
 _LARGE_BYTES = 4096
 
@@ -23,8 +23,8 @@ T = TypeVar("T")
 def check_size(plugin: str, answer: Message) -> None:
     """Raise InvalidArgumentError for an answer that is too large, has too long a list, or has text with NUL bytes."""
     size = answer.ByteSize()
-    if size > MOST_BYTES:
-        raise InvalidArgumentError(f"NRI plugin {plugin} answers {size} bytes of changes: the limit is {MOST_BYTES}")
+    if size > MAX_BYTES:
+        raise InvalidArgumentError(f"NRI plugin {plugin} answers {size} bytes of changes: the limit is {MAX_BYTES}")
     if size > _LARGE_BYTES or b"\0" in answer.SerializeToString():  # a zero byte may also be a length: check the text
         _check_parts(plugin, answer)
 
@@ -34,8 +34,8 @@ def _check_parts(plugin: str, message: Message) -> None:
         if isinstance(value, Message):
             _check_parts(plugin, value)
         elif isinstance(value, Collection) and not isinstance(value, str | bytes):
-            if len(value) > MOST_ENTRIES:
-                what = f"{len(value)} entries of {field.name}: the limit is {MOST_ENTRIES}"
+            if len(value) > MAX_ENTRIES:
+                what = f"{len(value)} entries of {field.name}: the limit is {MAX_ENTRIES}"
                 raise InvalidArgumentError(f"NRI plugin {plugin} answers {what}")
             parts = (*value, *value.values()) if isinstance(value, Mapping) else value
             for part in parts:
@@ -55,8 +55,8 @@ def _check_text(plugin: str, field: str, value: object) -> None:
 
 def check_updates(plugin: str, updates: Sequence[Message]) -> None:
     """Raise InvalidArgumentError for too many updates of containers, or for one that is too large."""
-    if len(updates) > MOST_UPDATES:
-        raise InvalidArgumentError(f"NRI plugin {plugin} asks for more than {MOST_UPDATES} updates at once")
+    if len(updates) > MAX_UPDATES:
+        raise InvalidArgumentError(f"NRI plugin {plugin} asks for more than {MAX_UPDATES} updates at once")
     for update in updates:
         check_size(plugin, update)
 

@@ -11,7 +11,7 @@ from host.errors import InvalidArgumentError, PodkeelError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.answers.owners import Owners
 from runtime.nri.answers.resource_merging import merge_resources
-from runtime.nri.answers.size import MOST_UPDATES, check_updates
+from runtime.nri.answers.size import MAX_UPDATES, check_updates
 
 Inventory = Callable[[], Awaitable[Sequence[nri_pb2.SynchronizeRequest]]]
 Update = Callable[[nri_pb2.ContainerUpdate, str], Awaitable[None]]
@@ -70,12 +70,12 @@ class Updates:
                 raise InvalidArgumentError(
                     f"NRI plugin {plugin} asks to update the container that is being created: adjust it instead"
                 )
-            if len(self._collected) >= MOST_UPDATES:
-                raise InvalidArgumentError(f"NRI plugins ask for too many updates at once: the limit is {MOST_UPDATES}")
+            if len(self._collected) >= MAX_UPDATES:
+                raise InvalidArgumentError(f"NRI plugins ask for too many updates at once: the limit is {MAX_UPDATES}")
             collected = self._collected.setdefault(update.container_id, _Collected(update.container_id))
             merge_resources(update.linux.resources, (collected.update.linux.resources,), collected.owners, plugin)
             collected.update.ignore_failure = collected.update.ignore_failure and update.ignore_failure
-        self.evictions += [(eviction, plugin) for eviction in list(evictions)[:MOST_UPDATES]]
+        self.evictions += [(eviction, plugin) for eviction in list(evictions)[:MAX_UPDATES]]
 
     def take(self, container_id: str) -> nri_pb2.LinuxResources | None:
         """Remove and return the update for one container."""

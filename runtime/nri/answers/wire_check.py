@@ -9,10 +9,10 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.answers.size import MOST_ENTRIES, MOST_UPDATES
+from runtime.nri.answers.size import MAX_ENTRIES, MAX_UPDATES
 
-MOST_FIELDS = 1 << 16  # of one message, with the fields of all messages inside it
-_LONGEST_NUMBER = 10  # bytes of a varint
+MAX_FIELDS = 1 << 16  # of one message, with the fields of all messages inside it
+_MAX_NUMBER_LENGTH = 10  # bytes of a varint
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
 _UPDATES = (nri_pb2.ContainerUpdate.DESCRIPTOR, nri_pb2.ContainerEviction.DESCRIPTOR)
@@ -41,8 +41,8 @@ class _Walk:
             if at < 0:
                 return False
             self._fields += 1
-            if self._fields > MOST_FIELDS:
-                raise InvalidArgumentError(f"too many fields: the limit is {MOST_FIELDS}")
+            if self._fields > MAX_FIELDS:
+                raise InvalidArgumentError(f"too many fields: the limit is {MAX_FIELDS}")
             number, form = tag >> 3, tag & 7
             begin = at
             if form == _VARINT:
@@ -68,7 +68,7 @@ class _Walk:
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         """A number and the position behind it; the position is -1 if there is no number."""
         value = shift = 0
-        for index in range(at, min(at + _LONGEST_NUMBER, end)):
+        for index in range(at, min(at + _MAX_NUMBER_LENGTH, end)):
             byte = self._data[index]
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
@@ -79,9 +79,9 @@ class _Walk:
 
 def _check_entries(field: FieldDescriptor, count: int, size: int) -> None:
     if field.message_type in _UPDATES:
-        if count > MOST_UPDATES:
-            raise InvalidArgumentError(f"too many updates at once: the limit is {MOST_UPDATES}")
+        if count > MAX_UPDATES:
+            raise InvalidArgumentError(f"too many updates at once: the limit is {MAX_UPDATES}")
         return
-    packed = field.cpp_type not in _NEVER_PACKED and size > MOST_ENTRIES * _LONGEST_NUMBER
-    if count > MOST_ENTRIES or packed:
-        raise InvalidArgumentError(f"too many entries of {field.name}: the limit is {MOST_ENTRIES}")
+    packed = field.cpp_type not in _NEVER_PACKED and size > MAX_ENTRIES * _MAX_NUMBER_LENGTH
+    if count > MAX_ENTRIES or packed:
+        raise InvalidArgumentError(f"too many entries of {field.name}: the limit is {MAX_ENTRIES}")

@@ -8,7 +8,7 @@ from host.errors import UnavailableError
 
 WAIT_SECONDS = 60.0
 _LONG_SECONDS = 1.0  # a Synchronize that failed faster does not count
-_MOST = 64
+_MAX_PLUGINS = 64
 
 
 class Backoff:
@@ -32,7 +32,7 @@ class Backoff:
         left = self._until.get(title, 0.0) - time.monotonic()
         if left > 0:
             raise UnavailableError(f"its last Synchronize kept all pods waiting: it may connect again in {left:.0f} s")
-        if len(self._until) >= _MOST and min(self._until.values()) > time.monotonic():
+        if len(self._until) >= _MAX_PLUGINS and min(self._until.values()) > time.monotonic():
             raise UnavailableError(
                 f"{len(self._until)} plugins kept all pods waiting by their Synchronize: connect again later"
             )

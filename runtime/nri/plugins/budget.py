@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 
 
 class Budget:
@@ -14,7 +14,7 @@ class Budget:
     have been kept for the longest time. A plugin that sends each message at once is never chosen.
     """
 
-    def __init__(self, most: int = MOST_BYTES) -> None:
+    def __init__(self, most: int = MAX_BYTES) -> None:
         self._most = most
         self._sum = 0
         self._shares: dict[Share, int] = {}  # the oldest first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_MOST_TITLES = 256
+_MAX_TITLES = 256
 _OTHERS = "others"
 
 
@@ -47,7 +47,7 @@ class CallTotals:
 
     def count(self, title: str, method: str) -> CallCount:
         """The count of one method of a plugin."""
-        if title not in self._by_title and len(self._by_title) >= _MOST_TITLES:
+        if title not in self._by_title and len(self._by_title) >= _MAX_TITLES:
             title = _OTHERS
         return self._by_title.setdefault(title, {}).setdefault(method, CallCount())
 

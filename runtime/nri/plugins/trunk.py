@@ -19,7 +19,7 @@ PAYLOAD_LIMIT = 10 + (4 << 20)
 _HEADER = struct.Struct(">II")
 _WRITE_BUFFER = 1 << 20
 _READ_BUFFER = 16 << 10  # reading more small frames at once would block the loop for milliseconds
-_MOST_IDLE_FRAMES = 4096  # frames that are empty, or for connections that do not exist
+_MAX_IDLE_FRAMES = 4096  # frames that are empty, or for connections that do not exist
 
 Receive = Callable[[bytes], None]
 
@@ -122,8 +122,8 @@ class Trunk(asyncio.BufferedProtocol):
         self._receiver, self._left = self._receivers.get(connection), length
         if self._receiver is None or not length:
             self._idle_frames += 1
-            if self._idle_frames > _MOST_IDLE_FRAMES:
-                self.close(f"it sent more than {_MOST_IDLE_FRAMES} frames that are empty or for unknown connections")
+            if self._idle_frames > _MAX_IDLE_FRAMES:
+                self.close(f"it sent more than {_MAX_IDLE_FRAMES} frames that are empty or for unknown connections")
                 return False
         return True
 

@@ -23,7 +23,7 @@ from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
 FIRST_BODY_LIMIT = 64 << 10  # for messages of a plugin that has not registered yet
-MOST_CALLS_AT_ONCE = 8
+MAX_CALLS_AT_ONCE = 8
 _MAX_UNEXPECTED = 256
 _WORDS = 1024
 
@@ -293,12 +293,10 @@ class Server:
             if self._ignored > _MAX_UNEXPECTED:
                 self._trunk.close(f"it sent more than {_MAX_UNEXPECTED} messages that are not requests")
             return
-        if len(self._calls) >= 2 * MOST_CALLS_AT_ONCE:
-            self._trunk.close(f"it has more than {2 * MOST_CALLS_AT_ONCE} calls under way")
+        if len(self._calls) >= 2 * MAX_CALLS_AT_ONCE:
+            self._trunk.close(f"it has more than {2 * MAX_CALLS_AT_ONCE} calls under way")
             return
-        call = asyncio.get_running_loop().create_task(
-            self._answer(message, full=len(self._calls) >= MOST_CALLS_AT_ONCE)
-        )
+        call = asyncio.get_running_loop().create_task(self._answer(message, full=len(self._calls) >= MAX_CALLS_AT_ONCE))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
@@ -324,7 +322,7 @@ class Server:
         if message.body is None:
             raise CallError(RESOURCE_EXHAUSTED, f"the message is larger than {self._reader.limit} bytes")
         if full:
-            raise CallError(RESOURCE_EXHAUSTED, f"{MOST_CALLS_AT_ONCE} calls are running already: wait for one to end")
+            raise CallError(RESOURCE_EXHAUSTED, f"{MAX_CALLS_AT_ONCE} calls are running already: wait for one to end")
         try:
             request = await self._decoder.decode(ttrpc_pb2.Request, message.body)
         except DecodeError:

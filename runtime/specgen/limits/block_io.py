@@ -21,9 +21,9 @@ from host.errors import InvalidArgumentError
 from runtime.specgen import config
 
 _FILE_BYTES = 1 << 20
-_MOST_DISKS = 1024  # of one class
-_LOWEST_WEIGHT, _HIGHEST_WEIGHT = 10, 1000
-_LARGEST = 1 << 63
+_MAX_DISKS = 1024  # of one class
+_LOWEST_WEIGHT, _MAX_WEIGHT = 10, 1000
+_INT64_END = 1 << 63
 _QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(|[kMGTPE]|[KMGTPE]i)")
 _UNITS = {"": 1} | {unit: 1000**power for power, unit in enumerate("kMGTPE", 1)}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGTPE", 1)}
@@ -114,10 +114,10 @@ def _quantity(name: str, given: _Number) -> int | None:
         return None
     match = _QUANTITY.fullmatch(str(given).strip())
     value = int(Decimal(match[1]) * _UNITS[match[2]]) if match else -1
-    if not 0 <= value < _LARGEST:
+    if not 0 <= value < _INT64_END:
         raise ValueError(f"{name} {given!r} is no quantity: use a number, as 50M or 64Ki")
-    if name == "weight" and not _LOWEST_WEIGHT <= value <= _HIGHEST_WEIGHT:
-        raise ValueError(f"weight {given} is out of range: use {_LOWEST_WEIGHT} to {_HIGHEST_WEIGHT}")
+    if name == "weight" and not _LOWEST_WEIGHT <= value <= _MAX_WEIGHT:
+        raise ValueError(f"weight {given} is out of range: use {_LOWEST_WEIGHT} to {_MAX_WEIGHT}")
     return value
 
 
@@ -133,6 +133,6 @@ def _disks(patterns: Sequence[str]) -> Sequence[tuple[int, int]]:
             disk = os.major(status.st_rdev), os.minor(status.st_rdev)
             if stat.S_ISBLK(status.st_mode) and not Path(f"/sys/dev/block/{disk[0]}:{disk[1]}/partition").exists():
                 found[disk] = None
-    if len(found) > _MOST_DISKS:
-        raise ValueError(f"more than {_MOST_DISKS} disks match {', '.join(patterns)[:256]}")
+    if len(found) > _MAX_DISKS:
+        raise ValueError(f"more than {_MAX_DISKS} disks match {', '.join(patterns)[:256]}")
     return list(found)

@@ -12,7 +12,7 @@ from runtime.specgen.node_facts import NodeFacts
 _UNIFIED_KEY = re.compile(r"[a-z]+(\.[A-Za-z0-9_]+)+")
 _CPU_LIST = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")  # the kernel has at most 8192 processors
 
-_LEAST_SHARES, _MOST_SHARES = 2, 1 << 18
+_LEAST_SHARES, _MAX_SHARES = 2, 1 << 18
 
 
 def resources(given: cri_pb2.LinuxContainerResources, node: NodeFacts, *, pids_limit: int = 0) -> config.Resources:
@@ -41,8 +41,8 @@ def _cpu(given: cri_pb2.LinuxContainerResources) -> config.Cpu | None:
     for field, value in (("cpu_shares", given.cpu_shares), ("cpu_period", given.cpu_period)):
         if value < 0:
             raise InvalidArgumentError(f"{field} {value} is negative: leave it at 0 for the default")
-    if given.cpu_shares > _MOST_SHARES:
-        raise InvalidArgumentError(f"cpu_shares {given.cpu_shares} is above {_MOST_SHARES}, the kernel's most")
+    if given.cpu_shares > _MAX_SHARES:
+        raise InvalidArgumentError(f"cpu_shares {given.cpu_shares} is above {_MAX_SHARES}, the kernel's most")
     for field, cpus in (("cpuset_cpus", given.cpuset_cpus), ("cpuset_mems", given.cpuset_mems)):
         if cpus and not _CPU_LIST.fullmatch(cpus):
             raise InvalidArgumentError(f"{field} {cpus!r} is not a list of numbers and ranges such as 0-2,7")

@@ -18,9 +18,9 @@ _BELOW_HIDDEN = tuple(f"{folder}/" for folder in _HIDDEN_FOLDERS)
 # Links into /proc that every /dev has.
 _LINKS_OF_DEV = ("/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/core")
 _BELOW_LINKS_OF_DEV = tuple(f"{link}/" for link in _LINKS_OF_DEV)
-_MOST_TURNS = 128
-_MOST_BYTES = 4096  # PATH_MAX
-_LONGEST_NAME = 255  # NAME_MAX
+_MAX_TURNS = 128
+_MAX_BYTES = 4096  # PATH_MAX
+_MAX_NAME_LENGTH = 255  # NAME_MAX
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -75,12 +75,12 @@ class ContainerPaths:
         if hidden and "/." not in path and not self._is_in_volume(path):  # the usual case
             return Place(path, "", _is_of_kernel(path, -1), False, False)
         names, link = path.split("/"), ""
-        for _ in range(_MOST_TURNS):
+        for _ in range(_MAX_TURNS):
             step = self._walk(names)
             if isinstance(step, Place):
                 return replace(step, link=step.link or link) if link else step
             names, link = step.names, step.link or link
-            if sum(len(name) + 1 for name in names) > _MOST_BYTES:
+            if sum(len(name) + 1 for name in names) > _MAX_BYTES:
                 break
         raise InvalidArgumentError(f"{path} leads through too many links: use an image without them")
 
@@ -145,10 +145,10 @@ class ContainerPaths:
                 f"{what} {path}: a link leads to a name that is not UTF-8: use an image without it"
             )
         names = place.path.encode().split(b"/")
-        if len(place.path.encode()) >= _MOST_BYTES or max(map(len, names)) > _LONGEST_NAME:
+        if len(place.path.encode()) >= _MAX_BYTES or max(map(len, names)) > _MAX_NAME_LENGTH:
             raise InvalidArgumentError(
-                f"{what} {path[:200]!r} is longer than {_MOST_BYTES - 1} bytes, or a name in it than {_LONGEST_NAME}: "
-                "use a shorter path"
+                f"{what} {path[:200]!r} is longer than {_MAX_BYTES - 1} bytes, "
+                f"or a name in it than {_MAX_NAME_LENGTH}: use a shorter path"
             )
         return place
 

@@ -18,7 +18,7 @@ from runtime.specgen.mounts.volume_content import CopyLimits, VolumeCopier
 from runtime.specgen.security.relabel import relabel_all
 from runtime.specgen.security.selinux import Relabel
 
-_MOST_VOLUMES = 500
+_MAX_VOLUMES = 500
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -39,8 +39,8 @@ def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, la
     OCI runtimes read and write files there that confine the process.
     """
     paths = tuple(paths)
-    if len(paths) > _MOST_VOLUMES:
-        raise InvalidArgumentError(f"the image has {len(paths)} VOLUMEs: use one with at most {_MOST_VOLUMES}")
+    if len(paths) > _MAX_VOLUMES:
+        raise InvalidArgumentError(f"the image has {len(paths)} VOLUMEs: use one with at most {_MAX_VOLUMES}")
     wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
     image = ContainerPaths(rootfs)
     for path in wanted:

@@ -14,8 +14,8 @@ from host.files.file_tree import FolderStack, open_below
 
 _CHUNK = 16 << 20  # bytes between two checks whether the call was cancelled
 _PIECE = 1 << 20  # where the kernel has no copy call
-_MOST_LINKS = 100_000  # files with several names that are remembered; others are copied once per name
-_LONGEST_PATH = 4000
+_MAX_LINKS = 100_000  # files with several names that are remembered; others are copied once per name
+_MAX_PATH_LENGTH = 4000
 _NO_COPYING = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_ATTRIBUTE = (errno.ENOTSUP, errno.EPERM, errno.ENODATA, errno.EINVAL)
 _ATTRIBUTES = ("security.capability", "system.posix_acl_access", "system.posix_acl_default")
@@ -101,7 +101,7 @@ class VolumeCopier:
             os.link(known, name, src_dir_fd=root, dst_dir_fd=target, follow_symlinks=False)
             return True
         here = "/".join([*path, name])
-        if len(self._links) < _MOST_LINKS and len(os.fsencode(here)) < _LONGEST_PATH:
+        if len(self._links) < _MAX_LINKS and len(os.fsencode(here)) < _MAX_PATH_LENGTH:
             self._links[identity] = here
         return False
 

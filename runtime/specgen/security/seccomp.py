@@ -113,7 +113,7 @@ def _compiled(
             content = file.read(PROFILE_LIMIT + 1)
         if len(content) > PROFILE_LIMIT:
             raise InvalidArgumentError(f"seccomp: profile {path} is larger than {PROFILE_LIMIT} bytes: shorten it")
-        profile = untrusted_json.decode(content, Profile, most_bytes=PROFILE_LIMIT)
+        profile = untrusted_json.decode(content, Profile, max_bytes=PROFILE_LIMIT)
     except OSError as error:
         raise InvalidArgumentError(f"seccomp: profile {path} cannot be read: {error.strerror}; repair it") from error
     except JsonError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from images.oci.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MAX_LAYERS
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess
@@ -19,9 +19,9 @@ from tests.support.pods import container_config, sandbox_config
 def images(shared_agent: AgentProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, str]]:
     """Images of 130 layers, as containerd starts them, and of the most; by their numbers of layers."""
     folder: Path = tmp_path_factory.mktemp("images")
-    layers = (busybox_layer(), *(make_tar([entry(f"layer/{number}", "x")]) for number in range(MOST_LAYERS - 1)))
+    layers = (busybox_layer(), *(make_tar([entry(f"layer/{number}", "x")]) for number in range(MAX_LAYERS - 1)))
     names = {}
-    for number in (130, MOST_LAYERS):
+    for number in (130, MAX_LAYERS):
         names[number] = f"layers:{number}"
         BuiltImage(layers[:number]).write_docker(folder / f"{number}.tar", names[number])
         request = agent_pb2.ImportImageRequest(path=str(folder / f"{number}.tar"))
@@ -32,7 +32,7 @@ def images(shared_agent: AgentProcess, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("user_namespace", [False, True], ids=["node's users", "user namespace"])
-@pytest.mark.parametrize("number", [130, MOST_LAYERS])
+@pytest.mark.parametrize("number", [130, MAX_LAYERS])
 @pytest.mark.parametrize("handler", ["crun", "runc"])
 def test_images_of_many_layers_run(
     agent: AgentProcess, images: dict[int, str], handler: str, number: int, user_namespace: bool

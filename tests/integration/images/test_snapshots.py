@@ -134,7 +134,7 @@ def test_more_layers_than_the_kernel_supports(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "target").mkdir()
     mount_overlay(tmp_path / "target", lower[:500], None, "", mounts.MS_RDONLY)
     mounts.unmount(tmp_path / "target")
-    monkeypatch.setattr("images.snapshots.overlay.MOST_LAYERS", 501)
+    monkeypatch.setattr("images.snapshots.overlay.MAX_LAYERS", 501)
     with pytest.raises(OSError, match="Invalid argument"):
         mount_overlay(tmp_path / "target", lower, None, "", mounts.MS_RDONLY)
 

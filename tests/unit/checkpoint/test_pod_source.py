@@ -36,11 +36,11 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "place"
 
 
-def take(place: Path, target: Path, most_bytes: int = 1 << 20) -> PodDocument:
+def take(place: Path, target: Path, max_bytes: int = 1 << 20) -> PodDocument:
     """Read the document, and take the first container to ``target``."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        source = PodSource(descriptor, "checkpoint", most_bytes)
+        source = PodSource(descriptor, "checkpoint", max_bytes)
         document = source.read()
         source.take(document.containers[0], target, lambda: None)
         assert not source.take_shared_memory(target / "shm.tar", lambda: None)

@@ -13,7 +13,7 @@ import pytest
 from host.files.inotify import CreatedFiles, wait_for_entries
 from tests.support.descriptors import descriptors_left
 
-MOST_QUEUED = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+MAX_QUEUED = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def test_a_file_is_noticed_although_the_kernel_dropped_its_event(files: Cr
     files.watch_folder(tmp_path / "quiet", "wanted", made.set)
     one, two = tmp_path / "busy" / "one", tmp_path / "busy" / "two"
     one.touch()
-    for _ in range(MOST_QUEUED // 2 + 1):  # equal events in a row are merged, so these differ in turn
+    for _ in range(MAX_QUEUED // 2 + 1):  # equal events in a row are merged, so these differ in turn
         one.rename(two)
         two.rename(one)
     (tmp_path / "quiet" / "wanted").touch()

@@ -28,31 +28,31 @@ def test_depth(opening: str, closing: str) -> None:
 def test_brackets_and_commas_in_strings_do_not_count() -> None:
     for text in ("[" * 40_000, '\\"[{' * 20_000, "\\" * 16_383 + '"[,' * 9_000, "," * 200_000, '"' * 70_000):
         content = json.dumps({"a": text}).encode()
-        assert decode(content, dict[str, str], most_values=10) == {"a": text}
+        assert decode(content, dict[str, str], max_values=10) == {"a": text}
 
 
 def test_pieces_are_cut_anywhere() -> None:
     for length in range(16_370, 16_400):
         text = "x" * length + '\\\\"' + "[" * 100
-        assert decode(json.dumps([text, "y"]).encode(), list[str], most_values=5) == [text, "y"]
+        assert decode(json.dumps([text, "y"]).encode(), list[str], max_values=5) == [text, "y"]
         with pytest.raises(JsonError, match="nests"):
             decode(json.dumps([text, json.loads(nested(DEEPEST))]).encode(), Any)
 
 
 def test_values() -> None:
-    assert len(decode(json.dumps(list(range(1000))).encode(), list[int], most_values=1000)) == 1000
+    assert len(decode(json.dumps(list(range(1000))).encode(), list[int], max_values=1000)) == 1000
     for content in (
         json.dumps(list(range(1002))),
         json.dumps([{}] * 600),
         json.dumps({str(n): n for n in range(1002)}),
     ):
         with pytest.raises(JsonError, match="more than 1000 values"):
-            decode(content.encode(), Any, most_values=1000)
+            decode(content.encode(), Any, max_values=1000)
 
 
 def test_size_and_form() -> None:
     with pytest.raises(JsonError, match="larger than 10 bytes"):
-        decode(b"[" + b" " * 10 + b"]", Any, most_bytes=10)
+        decode(b"[" + b" " * 10 + b"]", Any, max_bytes=10)
     for wrong in (b"", b"]" * 100, b"\xff", b'"\\ud800"', b"{} {}", b"[" * 10, b'{"a":"' + b"[" * 100):
         with pytest.raises(JsonError):
             decode(wrong, Any)

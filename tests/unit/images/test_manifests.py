@@ -7,7 +7,7 @@ import pytest
 from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError
 from images.image import check_linux, numeric_user, read_config
 from images.oci.digests import chain_ids, digest_of, verify
-from images.oci.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MAX_LAYERS
 from images.oci.manifests import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -140,14 +140,14 @@ def test_null_members_count_as_absent() -> None:
 
 
 def test_more_layers_than_can_be_mounted_are_refused() -> None:
-    most = {**IMAGE, "layers": [BLOB] * MOST_LAYERS}
-    assert len(parse_manifest(json.dumps(most).encode(), "thing").layers) == MOST_LAYERS
-    for number in (MOST_LAYERS + 1, 25_000):
+    most = {**IMAGE, "layers": [BLOB] * MAX_LAYERS}
+    assert len(parse_manifest(json.dumps(most).encode(), "thing").layers) == MAX_LAYERS
+    for number in (MAX_LAYERS + 1, 25_000):
         more = {**IMAGE, "layers": [{**BLOB, "mediaType": OCI_MANIFEST}] * number}
-        with pytest.raises(InvalidArgumentError, match=f"at most {MOST_LAYERS}"):
+        with pytest.raises(InvalidArgumentError, match=f"at most {MAX_LAYERS}"):
             parse_manifest(json.dumps(more).encode(), "thing")
-    diff_ids = {"rootfs": {"diff_ids": [DIGEST] * (MOST_LAYERS + 1)}}
-    with pytest.raises(InvalidArgumentError, match=f"at most {MOST_LAYERS}"):
+    diff_ids = {"rootfs": {"diff_ids": [DIGEST] * (MAX_LAYERS + 1)}}
+    with pytest.raises(InvalidArgumentError, match=f"at most {MAX_LAYERS}"):
         read_config(json.dumps(diff_ids).encode(), "thing")
 
 

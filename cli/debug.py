@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import platform
+import signal
 import socket
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.agent.config import as_toml, load_for
+from cli.agent.secrets import without_secrets
 from cli.connect import connect
 from host.errors import DeadlineError, InvalidArgumentError, PodkeelError, printable
 
@@ -51,7 +53,7 @@ def bundle(options: argparse.Namespace) -> None:
         tarfile.open(fileobj=file, mode="w:gz") as tar,
     ):
         for name, content in _contents(client):
-            data = printable(content).encode()[:_MAX_BYTES]
+            data = without_secrets(printable(content)).encode()[:_MAX_BYTES]
             member = tarfile.TarInfo(f"{folder}/{name}")
             member.size, member.mode, member.mtime = len(data), 0o600, int(time.time())
             tar.addfile(member, io.BytesIO(data))
@@ -92,11 +94,28 @@ def _diagnosis(client: Client) -> str:
     try:
         return client.call(request, agent_pb2.DiagnoseResponse, "ask for a diagnosis", timeout=_ANSWER_SECONDS).text
     except DeadlineError as error:
-        pid = _pid_behind(client.socket)
         raise DeadlineError(
-            f"the agent (pid {pid}) does not answer within {_ANSWER_SECONDS:g} s: `kill -QUIT {pid}` writes its stacks "
-            "to its log"
+            f"the agent does not answer within {_ANSWER_SECONDS:g} s: {_ask_by_signal(client)}"
         ) from error
+
+
+def _ask_by_signal(client: Client) -> str:
+    """Have a hanging agent write its stacks to its log, and return what was done about it."""
+    pid = _pid_behind(client.socket)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        return f"its process {pid} cannot be signalled: {error.strerror}"
+    try:
+        # systemd listens for an agent that has not started. It takes this signal as its own crash.
+        if Path(f"/proc/{pid}/comm").read_text(errors="replace").strip() == "systemd":
+            return "systemd listens on its socket: is the agent starting? See `journalctl -u podkeel`"
+        signal.pidfd_send_signal(pidfd, signal.SIGQUIT)
+    except OSError as error:
+        return f"its process {pid} cannot be signalled: {error.strerror}"
+    finally:
+        os.close(pidfd)
+    return f"its process {pid} got SIGQUIT and writes its stacks to its log (journalctl -u podkeel)"
 
 
 def _pid_behind(address: str) -> int:

@@ -284,13 +284,13 @@ def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
         "debug",
         "debug:debug",
         "print what the agent is doing: stacks, open stages, pools, descriptors",
-        "If its event loop hangs, `kill -QUIT PID` writes the same to its log.",
+        "If its event loop hangs, it gets SIGQUIT, and writes the same to its log.",
     )
     below = Commands(parser.add_subparsers(title="commands", metavar="COMMAND"), client_options())
     parser = below.add(
         "bundle",
         "debug:bundle",
         "write what a bug report needs to an archive",
-        "The archive holds no environment of a container and no credentials. Read it before you send it.",
+        "The archive holds no environment of a container, and credentials are replaced. Read it before you send it.",
     )
     parser.add_argument("file", metavar="FILE", help="such as podkeel.tar.gz; it must not exist")

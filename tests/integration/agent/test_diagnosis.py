@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -68,8 +66,7 @@ def test_a_signal_shows_why_the_loop_hangs(faulty: AgentProcess) -> None:
     made = faulty.client.future("RunPodSandbox", cri_pb2.RunPodSandboxRequest(config=sandbox_config(faulty)))
     refused = podkeel(faulty, "debug")
     assert refused.returncode == 1
-    assert f"`kill -QUIT {faulty.pid()}`" in refused.stderr
-    os.kill(faulty.pid(), signal.SIGQUIT)
+    assert f"process {faulty.pid()} got SIGQUIT" in refused.stderr
     wait_for(lambda: "end of the diagnosis" in faulty.log.read_text(), what="the diagnosis")
     log = faulty.log.read_text()
     assert re.search(r"^Current thread .*|^Thread .*most recent call first", log, re.MULTILINE)  # faulthandler's

@@ -14,6 +14,7 @@ from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
 from host.libc import leave_session_keyring
+from host.processes import ProcessName
 from host.subreaper import Subreaper
 from images.images import Images
 from images.options import ImageOptions
@@ -24,6 +25,7 @@ from network.node_network import NodeNetwork
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.agent_id import agent_id
+from runtime.cgroups.monitor_cgroup import MonitorCgroup
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint.options import CheckpointOptions
@@ -88,6 +90,7 @@ class Agent:
     database: Database
     state: State
     cgroups: CgroupTree
+    monitor_cgroup: MonitorCgroup
     facts: NodeFacts
     handlers: Handlers
     hooks: Hooks
@@ -165,6 +168,7 @@ class Agent:
         self._assemble_pods(stack)
         self._prepare_recovery(monitors)
         await self.recovery.run()
+        await in_thread(self.monitor_cgroup.adopt, self._processes_beside_containers())
         copy.start()
         store.when_written(kept.note)
         kept.start((*self.state.sandboxes, *self.state.containers))
@@ -175,6 +179,12 @@ class Agent:
             self.checkpoints.support.begin()
         self.state.events.serve()
 
+    def _processes_beside_containers(self) -> list[ProcessName]:
+        """The conmon processes and the inits of pods, by their records."""
+        monitors = [container.record.monitor for container in self.state.containers]
+        holders = [sandbox.record.pid_holder for sandbox in self.state.sandboxes]
+        return [process for process in (*monitors, *holders) if process is not None]
+
     async def _open_parts(self, store: Store, stack: AsyncExitStack) -> None:
         """Open the parts that the verbs of pods and containers use."""
         options, layout = self.options, self.layout
@@ -183,6 +193,9 @@ class Agent:
         self._moves = CgroupMoves(self.cgroups)
         self._meters = Meters(hierarchies)
         self.agent_id = await in_thread(agent_id, layout)
+        self.monitor_cgroup = MonitorCgroup(self.cgroups, options.monitor_cgroup, self.agent_id)
+        if not self._only_removes:
+            await self.monitor_cgroup.open()
         self.state = State(store, layout, self.agent_id)
         self.handlers = Handlers(options, layout, self.cgroups, self.agent_id)
         self.network = NodeNetwork(self._network, self.database, BridgeOwner(self.agent_id, str(layout.data)))
@@ -214,6 +227,7 @@ class Agent:
 
     def _assemble_containers(self, monitors: Monitors, reserve: Reserve, stack: AsyncExitStack) -> None:
         state, handlers, cgroups, hooks = self.state, self.handlers, self.cgroups, self.hooks
+        monitors.cgroup = self.monitor_cgroup
         names = container_registrar()
         rootfs = Rootfs(self.images.store, self.images.snapshots, self.facts, self.layout)
         self.exits = ContainerExit(

@@ -45,15 +45,16 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``data_dir`` holds what survives a reboot, ``run_dir`` (best on a tmpfs) what does not. ``default_runtime`` names
     the handler used where none is asked for; empty means the first that works on this host, in the order of
     ``handlers``. ``cgroup_driver`` is ``auto`` (systemd where it runs as init), ``cgroupfs`` or ``systemd``;
-    ``cgroup_parent`` is the parent of pods that name none. ``pids_limit`` is the number of processes and threads of a
-    container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0 for one per
-    core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a pod's
-    /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask`` is that of
-    containers, in octal digits. ``io_weight`` is the weight of a pod, from 1 to 1000, when pods compete for a disk:
-    twice the weight, twice the share; 0 leaves the kernel's default, which is 100. ``hooks_dirs`` are folders of OCI
-    hooks (oci-hooks(5)), of which a later one has precedence over an earlier one. What an image has at its VOLUMEs is
-    copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse files do not count) and
-    ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
+    ``cgroup_parent`` is the parent of pods that name none. ``monitor_cgroup`` is the parent of the cgroup of conmon: a
+    slice where systemd is init (empty: system.slice), otherwise the path of a cgroup. ``pids_limit`` is the number of
+    processes and threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work
+    at one time, 0 for one per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile.
+    ``shm_size`` is that of a pod's /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node
+    has SELinux. ``umask`` is that of containers, in octal digits. ``io_weight`` is the weight of a pod, from 1 to
+    1000, when pods compete for a disk: twice the weight, twice the share; 0 leaves the kernel's default, which is 100.
+    ``hooks_dirs`` are folders of OCI hooks (oci-hooks(5)), of which a later one has precedence over an earlier one.
+    What an image has at its VOLUMEs is copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse
+    files do not count) and ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
     """
 
     data_dir: str = "/var/lib/podkeel"
@@ -64,6 +65,7 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     catatonit_path: str = "catatonit"
     cgroup_driver: str = "auto"
     cgroup_parent: str = "/podkeel"
+    monitor_cgroup: str = ""
     pids_limit: int = 0
     default_sysctls: dict[str, str] = msgspec.field(default_factory=lambda: dict(DEFAULT_SYSCTLS))
     seccomp_profile: str = ""

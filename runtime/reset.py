@@ -28,6 +28,7 @@ async def reset(
                 given_up += await agent.pod_removals.force_remove(sandbox.id) if force else []
                 await agent.pod_removals.remove(sandbox.id)
             given_up += await agent.network.destroy(force=force)
+            await agent.monitor_cgroup.remove()
             await agent.cgroups.remove_base(runtime.cgroup_parent)
     for folder in (layout.run, layout.data):
         for target in mounts.mounts_below(folder):

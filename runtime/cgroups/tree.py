@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError
 from host.files.file_tree import Walk
 from runtime.cgroups import freezer
-from runtime.cgroups.slices import slice_name, slice_path, stop_slice, with_outer_slices
+from runtime.cgroups.slices import slice_name, slice_path, stop_slice, systemd_is_init, with_outer_slices
 from runtime.specgen.config import SCOPE_SUBGROUP
 
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -36,7 +36,7 @@ class CgroupTree:
         hierarchies = hierarchies or discover()
         version, unified = hierarchies.version, hierarchies.unified
         if driver == "auto":
-            driver = "systemd" if Path("/run/systemd/system").is_dir() and version == 2 else "cgroupfs"
+            driver = "systemd" if systemd_is_init() and version == 2 else "cgroupfs"
         elif driver not in ("cgroupfs", "systemd"):
             raise InvalidArgumentError(f"cgroup driver {driver!r}: must be auto, cgroupfs or systemd")
         if version == 2 and unified is not None:
@@ -161,9 +161,9 @@ class CgroupTree:
         """The files that put a process in cgroup ``path``, one for each hierarchy."""
         return [folder / "cgroup.procs" for folder in self.folders(path)]
 
-    def make(self, path: str) -> None:
-        """Make cgroup ``path`` in every hierarchy. Blocks. Raises OSError."""
-        for root in dict.fromkeys(self.mounts.values()):
+    def make(self, path: str, roots: Iterable[Path] | None = None) -> None:
+        """Make cgroup ``path`` in the hierarchies mounted at ``roots``; by default in all. Blocks. Raises OSError."""
+        for root in dict.fromkeys(self.mounts.values() if roots is None else roots):
             folder = root
             for name in path.strip("/").split("/"):
                 folder = folder / name

@@ -27,7 +27,8 @@ from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.remove import ContainerRemove
 from runtime.hooks import Hooks
 from runtime.namespaces.user import make_private
-from runtime.oci.conmon import Monitors, RuntimeRefusedError, StartingMonitor
+from runtime.oci.conmon import Monitors
+from runtime.oci.conmon_start import RuntimeRefusedError, StartingMonitor
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.specgen.builder import ContainerSpec
@@ -146,7 +147,7 @@ class ContainerCreate:
                 image_volumes = await self._rootfs.mount_image_volumes(container)
             if shares_pod_pids(container):
                 async with operation.stage("pid_namespace"):
-                    await ensure_pid_holder(self._state, self._catatonit, sandbox)
+                    await ensure_pid_holder(self._state, self._catatonit, self._monitors.cgroup, sandbox)
             undo.push("what plugins know of it", partial(self._hooks.undo_container, container))
             target = held.enter_context(target_pid_namespace(self._state, container))
             request = self._requests.make(container, image, runtime, image_volumes, target_pids=target)

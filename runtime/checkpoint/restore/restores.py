@@ -33,7 +33,8 @@ from runtime.checkpoint.restore import archive_file, source, tar_files
 from runtime.checkpoint.restore.cgroup_limits import set_limits
 from runtime.checkpoint.restore.rights import check_rights
 from runtime.checkpoint.support import CheckpointSupport
-from runtime.oci.conmon import MonitorRequest, Monitors, Restoring, RuntimeRefusedError
+from runtime.oci.conmon import MonitorRequest, Monitors, Restoring
+from runtime.oci.conmon_start import RuntimeRefusedError
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.specgen import config
 from runtime.state.container import Container

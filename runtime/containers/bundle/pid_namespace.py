@@ -12,6 +12,7 @@ from host.concurrency.undo import Undo
 from host.errors import InvalidArgumentError, WrongStateError
 from host.processes import open_namespace
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.monitor_cgroup import MonitorCgroup
 from runtime.namespaces.pid import end_holder, pin_holder, start_holder, start_holder_in_user_namespace
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
@@ -37,7 +38,7 @@ def shares_pod_pids(container: Container) -> bool:
     return mode == cri_pb2.POD and container.sandbox.namespace_options.pid != cri_pb2.NODE
 
 
-async def ensure_pid_holder(state: State, catatonit: str, sandbox: Sandbox) -> None:
+async def ensure_pid_holder(state: State, catatonit: str, cgroup: MonitorCgroup, sandbox: Sandbox) -> None:
     """Create the PID namespace that the pod's containers share, unless it exists."""
     async with sandbox.holder_lock:
         if sandbox.record.pid_holder is not None:
@@ -47,6 +48,8 @@ async def ensure_pid_holder(state: State, catatonit: str, sandbox: Sandbox) -> N
             undo.push("the init of its PID namespace", partial(in_thread, end_holder, None, folder, sandbox.id))
             start = start_holder_in_user_namespace if sandbox.user_namespace else start_holder
             pid = await in_fresh_thread(start, folder, catatonit, sandbox.id)
+            if not await in_thread(cgroup.enter, pid):
+                await cgroup.enter_again(pid)
             sandbox.record.pid_holder = await in_thread(pin_holder, folder, pid)
             undo.push("its record", partial(setattr, sandbox.record, "pid_holder", None))
             await state.save(sandbox)

@@ -14,8 +14,10 @@ import pytest
 
 from host import processes
 from host.files.inotify import wait_for_entries
+from runtime.cgroups.monitor_cgroup import MonitorCgroup
+from runtime.cgroups.tree import CgroupTree
 from runtime.layout import ContainerFolder
-from runtime.oci.conmon import RuntimeRefusedError, StartingMonitor
+from runtime.oci.conmon_start import RuntimeRefusedError, StartingMonitor
 from runtime.oci.null_device import open_private_null
 from tests.support.descriptors import descriptors_left
 
@@ -48,7 +50,8 @@ def _children() -> set[str]:
 
 
 def _monitor(tmp_path: Path, *command: str) -> StartingMonitor:
-    return StartingMonitor(command, ContainerFolder(tmp_path / "container"), None)
+    cgroup = MonitorCgroup(CgroupTree(2, "cgroupfs"), "", "")  # without open() nothing enters it
+    return StartingMonitor(command, ContainerFolder(tmp_path / "container"), None, cgroup)
 
 
 async def _abandon(monitor: StartingMonitor, others: set[str]) -> None:

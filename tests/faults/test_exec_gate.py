@@ -53,7 +53,7 @@ def test_programs_that_wait_for_a_killed_process_continue(agent: AgentProcess) -
     assert agent.client.exec(container_id, "true").exit_code == 0
 
 
-def test_programs_go_on_where_the_asked_one_has_no_descriptor_left(tmp_path: Path) -> None:
+def test_programs_continue_if_the_permission_process_has_no_descriptor_left(tmp_path: Path) -> None:
     def groups() -> list[str]:
         links = []
         for entry in Path("/proc/self/fd").iterdir():

@@ -201,7 +201,7 @@ async def test_the_kernel_reports_the_worker_s_confinement(
 
 
 @pytest.mark.parametrize("victim", ["1", "2"])
-async def test_a_process_that_is_killed_is_told(layer: Path, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_killed_worker_is_reported(layer: Path, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     killed = asyncio.Event()
     content = make_tar([entry(f"file{number}", b"x") for number in range(4000)])

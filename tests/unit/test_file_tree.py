@@ -150,7 +150,7 @@ def test_flags_that_forbid_removing_are_taken_away(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_what_is_not_there_and_what_is_no_folder_are_fine(tmp_path: Path) -> None:
+def test_missing_paths_and_files_are_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("/etc")
     for name in ("gone", "gone/deeper", "file", "link"):

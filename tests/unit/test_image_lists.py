@@ -23,7 +23,7 @@ def image(content: bytes = b"{}") -> Image:
     return Image(file.digest, "", ("a.example/b:1",), (), 1, file.config, (), (), pinned=False)
 
 
-async def test_an_image_that_cannot_be_told_is_left_out() -> None:
+async def test_an_image_that_cannot_be_encoded_is_left_out() -> None:
     good = image()
     odd = dataclasses.replace(image(b'{"os": "linux"}'), size=-1)
     store = SimpleNamespace(images=lambda: (odd, good), revision=1)
@@ -63,7 +63,7 @@ MANIFESTS = st.dictionaries(
 
 
 @given(CONFIGS | JSON)
-def test_any_config_is_refused_or_told(content: object) -> None:
+def test_any_config_is_refused_or_reported(content: object) -> None:
     try:
         found = image(json.dumps(content).encode())
     except PodkeelError:

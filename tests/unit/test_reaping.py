@@ -50,7 +50,7 @@ async def test_a_living_child_is_left_alone() -> None:
     await _gone(pid)
 
 
-async def test_who_is_cancelled_waits_for_the_end_of_what_it_kills(tmp_path: Path) -> None:
+async def test_a_cancelled_caller_waits_for_the_end_of_what_it_kills(tmp_path: Path) -> None:
     began = tmp_path / "began"
     pids: list[int] = []
     running = asyncio.create_task(run(["sh", "-c", f"touch {began}; exec sleep 60"], on_start=pids.append))

@@ -12,7 +12,7 @@ from host.concurrency.thread_starting import start_thread
 SECONDS = 60.0
 
 
-def test_work_runs_in_a_daemon_thread_of_its_own() -> None:
+def test_work_runs_in_a_separate_daemon_thread() -> None:
     names: SimpleQueue[tuple[str, bool]] = SimpleQueue()
     for number in range(3):
         start_thread(
@@ -23,7 +23,7 @@ def test_work_runs_in_a_daemon_thread_of_its_own() -> None:
     assert sorted(names.get(timeout=SECONDS) for _ in range(3)) == [(f"aside-{n}", True) for n in range(3)]
 
 
-def test_who_asked_is_told_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_gets_the_error_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     told: SimpleQueue[str] = SimpleQueue()
     start_thread(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
     assert told.get(timeout=SECONDS) == "ran"

@@ -175,6 +175,18 @@ def test_docstrings_comments_logs_and_errors_use_the_usual_words(room: str) -> N
     assert [complaint for path in modules for complaint in unusual(path, texts(path))] == []
 
 
+def test_names_of_tests_use_the_usual_words() -> None:
+    """The name of a test says who does what to which object."""
+    names = [
+        (node.lineno, node.name.replace("_", " "), path)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(names) > 2000
+    assert [complaint for line, name, path in names for complaint in unusual(path, iter([(line, name)]))] == []
+
+
 def test_log_lines_name_their_object_first() -> None:
     """A log line is ``object: event: details``; one whose whole text is passed as ``%s`` is made elsewhere."""
     lines = [

@@ -131,7 +131,7 @@ def test_the_default_leaves_usual_work_alone(pod: Pod) -> None:
     assert (answer.exit_code, answer.stderr) == (0, b"")
 
 
-def test_a_polite_stop_reaches_a_confined_container(pod: Pod) -> None:
+def test_the_stop_signal_reaches_a_confined_container(pod: Pod) -> None:
     config = container_config("main", "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done")
     container_id = pod.start(config)
     pod.agent.client.output(container_id, "true")

@@ -124,7 +124,7 @@ HOG_LIMIT = 64 * MIB
 
 
 @pytest.mark.parametrize("hog", ["exec tail /dev/zero", "tail /dev/zero; exit 137", "tail /dev/zero & wait $!"])
-def test_out_of_memory_kills_are_told(pod: Pod, hog: str) -> None:
+def test_out_of_memory_kills_are_reported(pod: Pod, hog: str) -> None:
     status = exited(pod.agent, pod.start(limited(Limits(memory_limit_in_bytes=HOG_LIMIT), "sh", "-c", hog)))
     assert (status.reason, status.exit_code) == ("OOMKilled", 137)
 

@@ -78,7 +78,7 @@ def may_write(process: str, file: str) -> bool:
     return bool(allowed >> (bit - 1) & 1)
 
 
-def test_a_pod_has_categories_of_its_own(pod: Pod) -> None:
+def test_a_pod_has_its_own_categories(pod: Pod) -> None:
     container_id = pod.sleeping()
     label = process_label(pod, container_id)
     assert re.fullmatch(r"system_u:system_r:container_t:s0:c\d+,c\d+", label)
@@ -140,7 +140,7 @@ def test_given_labels_are_taken(pod: Pod) -> None:
     assert inside(given, first, "/bin") == "system_u:object_r:container_file_t:s0:c1,c2"
 
 
-def test_a_privileged_container_has_no_label_of_ours(agent: AgentProcess) -> None:
+def test_a_privileged_container_has_no_label_from_the_agent(agent: AgentProcess) -> None:
     config = sandbox_config(agent)
     config.linux.security_context.privileged = True
     pod = Pod.run(agent, config)
@@ -166,7 +166,7 @@ def test_system_folders_keep_their_labels(pod: Pod) -> None:
     assert file_label("/etc") == before
 
 
-def test_levels_outlive_the_agent_and_go_with_their_pod(pod: Pod) -> None:
+def test_levels_are_kept_until_their_pod_is_removed(pod: Pod) -> None:
     label = process_label(pod, pod.sleeping())
     pod.agent.restart()
     assert process_label(pod, pod.sleeping("later")) == label

@@ -41,7 +41,7 @@ def kubelets_slice() -> Iterator[str]:
         subprocess.run(["systemctl", "stop", unit], check=True)
 
 
-def test_the_driver_is_told(systemd_agent: AgentProcess) -> None:
+def test_the_driver_is_reported(systemd_agent: AgentProcess) -> None:
     answer = systemd_agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
     assert answer.linux.cgroup_driver == cri_pb2.SYSTEMD
 
@@ -86,7 +86,7 @@ def test_a_container_is_a_scope_in_kubelets_slice(systemd_agent: AgentProcess, k
     assert parent.is_dir()
 
 
-def test_a_pod_without_a_parent_has_a_slice_of_its_own_and_takes_it_along(systemd_agent: AgentProcess) -> None:
+def test_a_pod_without_a_parent_has_its_own_slice_and_removes_it(systemd_agent: AgentProcess) -> None:
     client = systemd_agent.client
     pod = Pod.run(systemd_agent, sandbox_config(systemd_agent))
     folder, parent = cgroup_of(client, pod.sleeping()), pod_folder(client, pod.id)
@@ -99,7 +99,7 @@ def test_a_pod_without_a_parent_has_a_slice_of_its_own_and_takes_it_along(system
     assert not parent.exists()
 
 
-def test_slices_that_a_killed_agent_left_are_found_and_ended(systemd_agent: AgentProcess) -> None:
+def test_slices_of_a_killed_agent_are_stopped(systemd_agent: AgentProcess) -> None:
     own_id = (systemd_agent.data / "agent-id").read_text().strip()
     name = f"{systemd_agent.cgroup_parent.strip('/')}-{'e' * 52}{own_id}.slice"
     subprocess.run(["systemctl", "start", name], check=True)

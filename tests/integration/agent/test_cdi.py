@@ -87,7 +87,7 @@ def test_device_from_inside_and_outside(
     assert json.loads((tmp_path / "made").read_text())["id"] == container_id
 
 
-def test_what_cannot_be_given_is_refused(agent: AgentProcess, kind: str) -> None:
+def test_devices_that_cannot_be_given_are_refused(agent: AgentProcess, kind: str) -> None:
     pod = Pod.run(agent, sandbox_config(agent))
     for name, code, words in (
         (f"{kind}=network", grpc.StatusCode.UNIMPLEMENTED, "netDevices"),

@@ -121,7 +121,7 @@ def test_pods_reach_each_other_and_give_everything_back(cni: CniAgent) -> None:
     assert client.findings() == []
 
 
-def test_a_pod_is_stopped_for_good_once_its_plugin_lets_go(cni: CniAgent) -> None:
+def test_a_stop_is_completed_when_its_plugin_succeeds_again(cni: CniAgent) -> None:
     client = cni.agent.client
     cni.broken.touch()
     cni.folders.configure(cni.folders.script("bad", DEL=cni.unless_repaired()))
@@ -167,7 +167,7 @@ def test_a_pod_whose_plugin_is_gone_for_good_is_removed_by_force(cni: CniAgent) 
     assert "DEL is given up" in cni.agent.log.read_text()
 
 
-def test_a_pod_that_never_came_to_be_is_removed_by_force(cni: CniAgent) -> None:
+def test_an_incomplete_pod_is_removed_by_force(cni: CniAgent) -> None:
     client = cni.agent.client
     cni.broken.touch()
     cni.folders.configure(cni.folders.script("bad", ADD=failure(42, "no"), DEL=cni.unless_repaired()))
@@ -181,7 +181,7 @@ def test_a_pod_that_never_came_to_be_is_removed_by_force(cni: CniAgent) -> None:
     assert client.findings() == []
 
 
-def test_reset_by_force_takes_down_what_no_plugin_gives_back(cni: CniAgent) -> None:
+def test_reset_by_force_removes_networks_whose_plugins_fail(cni: CniAgent) -> None:
     client = cni.agent.client
     cni.folders.configure(cni.bridge_plugin(), cni.folders.script("bad", ADD=_PASS_ON))
     cni.wait_ready()

@@ -128,7 +128,7 @@ async def test_short_commands_see_the_first_size(container: Running) -> None:
     assert set(seen) == {"24 80\r\n"}
 
 
-async def test_what_else_is_executed_meanwhile_runs_on(crun: Running) -> None:
+async def test_other_commands_keep_running_meanwhile(crun: Running) -> None:
     """The kernel asks about each program that is executed in the container while a terminal is being made."""
     busy = "i=0; while [ $i -lt 300 ]; do /bin/true || exit 9; i=$((i+1)); done; echo done"
     async with spdy(crun.exec_url(*SHELL, busy), "stdout", "stderr") as (other, its):

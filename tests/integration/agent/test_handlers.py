@@ -136,7 +136,7 @@ def test_pods_of_two_runtimes_side_by_side(agent: AgentProcess) -> None:
         assert agent.client.status(container_id).exit_code == 137
 
 
-def test_a_wrapper_with_root_and_arguments_of_its_own(agent: AgentProcess, folder: Path) -> None:
+def test_a_handler_with_its_own_root_and_arguments(agent: AgentProcess, folder: Path) -> None:
     _, container_id = start(agent, "wrapped")
     assert (folder / "state" / container_id).is_dir()
     assert agent.client.output(container_id, "echo", "hello").strip() == "hello"

@@ -155,7 +155,7 @@ def test_an_agent_stops_while_a_container_hangs(own_agent: AgentProcess, silent:
 @pytest.mark.skipif(
     tuple(map(int, os.uname().release.split(".")[:2])) < (6, 9), reason="this kernel has no descriptors of threads"
 )
-def test_an_agent_that_was_killed_but_hangs_keeps_no_other_out(tmp_path: Path, busybox: Path, mute: Mute) -> None:
+def test_the_next_agent_starts_while_the_killed_one_hangs(tmp_path: Path, busybox: Path, mute: Mute) -> None:
     port = free_port()
     with running_agent(tmp_path, busybox, options=f'[metrics]\naddress = "127.0.0.1:{port}"') as agent:
         sandbox = sandbox_config(agent)

@@ -36,13 +36,13 @@ _NEEDING: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("call", "request_"), _ENDING, ids=[call for call, _ in _ENDING])
-def test_ending_what_never_was_succeeds_again_and_again(agent: AgentProcess, call: str, request_: Any) -> None:
+def test_stops_and_removals_of_unknown_ids_succeed(agent: AgentProcess, call: str, request_: Any) -> None:
     agent.client.call(call, request_)
     agent.client.call(call, request_)
 
 
 @pytest.mark.parametrize(("call", "request_"), _NEEDING, ids=[call for call, _ in _NEEDING])
-def test_what_never_was_is_not_found(agent: AgentProcess, call: str, request_: Any) -> None:
+def test_unknown_ids_are_not_found(agent: AgentProcess, call: str, request_: Any) -> None:
     refused("NOT_FOUND", _ABSENT, call=lambda: agent.client.call(call, request_))
 
 
@@ -70,7 +70,7 @@ def test_stop_and_remove_repeated(agent: AgentProcess) -> None:
     refused("NOT_FOUND", container_id, call=lambda: client.status(container_id))
 
 
-def test_removing_what_runs_stops_it(agent: AgentProcess) -> None:
+def test_removal_stops_what_runs(agent: AgentProcess) -> None:
     client = agent.client
     sandbox_id, container_id = run_container(agent, "sleep", "1000")
     client.remove(container_id)

@@ -96,14 +96,14 @@ def output(process: subprocess.Popen[bytes], stdin: bytes | None = None) -> tupl
     return process.returncode, out, complaints
 
 
-def test_a_command_speaks_on_both_streams_and_its_exit_code_is_kubectls(container: Running, kubectl: Start) -> None:
+def test_kubectl_exec_passes_both_streams_and_the_exit_code(container: Running, kubectl: Start) -> None:
     script = "echo out; echo complaint >&2; exit 3"
     status, out, complaints = output(kubectl("exec", "pod", "--", "sh", "-c", script, stdout=PIPE, stderr=PIPE))
     assert (status, out) == (3, b"out\n")
     assert complaints.splitlines() == [b"complaint", b"command terminated with exit code 3"]
 
 
-def test_a_program_that_is_not_there_is_named(container: Running, kubectl: Start) -> None:
+def test_a_missing_program_is_named(container: Running, kubectl: Start) -> None:
     status, out, complaints = output(kubectl("exec", "pod", "--", "/no/such", stdout=PIPE, stderr=PIPE))
     assert status != 0
     assert out == b""
@@ -159,7 +159,7 @@ def test_files_are_copied_in_and_out(container: Running, kubectl: Start, tmp_pat
     assert back.read_bytes() == source.read_bytes()
 
 
-def test_who_attaches_is_heard_and_hears(reader: Running, kubectl: Start) -> None:
+def test_kubectl_attach_passes_input_and_output(reader: Running, kubectl: Start) -> None:
     process = kubectl("attach", "-i", "pod", "-c", "reader", stdin=PIPE, stdout=PIPE)
     assert process.stdin is not None
     assert process.stdout is not None

@@ -142,7 +142,7 @@ def test_huge_pages(agent: AgentProcess, handler: str) -> None:
         (Limits(unified={"../memory.high": "1"}), "unified"),
     ],
 )
-def test_limits_that_make_no_sense_are_refused(agent: AgentProcess, limits: Limits, words: str) -> None:
+def test_invalid_limits_are_refused(agent: AgentProcess, limits: Limits, words: str) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         made(agent, "", limits)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

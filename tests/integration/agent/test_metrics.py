@@ -177,7 +177,7 @@ def test_containers_by_kubelets_labels_until_they_are_gone(agent: AgentProcess) 
     assert fetch(agent, "/metrics/cadvisor")[2] == ""
 
 
-def test_open_metrics_for_those_who_ask(agent: AgentProcess) -> None:
+def test_open_metrics_are_sent_on_request(agent: AgentProcess) -> None:
     run_container(agent, *SLEEP)
     for path in ("/metrics", "/metrics/cadvisor"):
         status, content_type, text = fetch(agent, path, OPEN_METRICS)

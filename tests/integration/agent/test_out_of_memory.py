@@ -42,7 +42,7 @@ def _end(agent: AgentProcess, container_id: str) -> tuple[int, str]:
         ("exec tail /dev/zero", "OOMKilled"),
     ],
 )
-def test_the_end_of_one_that_lost_a_child_before(agent: AgentProcess, ending: str, reason: str) -> None:
+def test_ends_after_a_child_was_killed_for_memory(agent: AgentProcess, ending: str, reason: str) -> None:
     _, container_id = run_container(agent, "sh", "-c", f"{LOSE_A_CHILD}; {ending}", linux=LIMITS)
     wait_for_log(agent.client, container_id, "child 137")
     assert _end(agent, container_id) == (137, reason)

@@ -14,7 +14,7 @@ def _niceness(pid: int, thread: int | None = None) -> int:
     return int(fields[16])
 
 
-def test_the_loop_goes_first_and_what_it_starts_does_not(agent: AgentProcess) -> None:
+def test_only_the_loop_has_a_higher_priority(agent: AgentProcess) -> None:
     _, container_id = run_container(agent, "sleep", "1000")
     assert _niceness(agent.pid()) == -10
     assert agent.client.output(container_id, "cut", "-d ", "-f19", "/proc/self/stat").strip() == "0"

@@ -49,7 +49,7 @@ def handlers(agent: AgentProcess) -> set[str]:
     return {item.name for item in agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers}
 
 
-def test_what_can_change_does_and_what_cannot_is_named(agent: AgentProcess) -> None:
+def test_changed_options_take_effect_or_are_listed(agent: AgentProcess) -> None:
     assert not pinned(agent)
     add(agent, "10", '[images]\npinned = ["*busybox*"]\n[log]\nlevel = "debug"\n[runtime]\nselinux = false\n')
     command = agent.command("reload", "--socket", agent.address)

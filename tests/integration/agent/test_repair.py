@@ -52,7 +52,7 @@ def bystanders(agent: AgentProcess) -> Iterator[list[list[str]]]:
     _ip("link", "delete", name)
 
 
-def test_repair_makes_the_network_whole_and_leaves_others_alone(
+def test_repair_restores_the_network_and_changes_no_other_table(
     agent: AgentProcess, bystanders: list[list[str]]
 ) -> None:
     client = agent.client
@@ -116,7 +116,7 @@ def test_repair_removes_leftovers_and_nothing_that_lives(agent: AgentProcess) ->
     assert client.findings() == []
 
 
-def test_repair_while_pods_come_and_go_harms_none(agent: AgentProcess) -> None:
+def test_repair_leaves_pods_alone_that_are_made_and_removed_meanwhile(agent: AgentProcess) -> None:
     client = agent.client
     repairing = [
         subprocess.Popen(

@@ -58,7 +58,7 @@ def test_a_replaced_program_is_the_one_used_next(agent: AgentProcess, program: P
     agent.client.start(agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox))
 
 
-def test_a_restarted_agent_goes_on_with_a_copy_of_its_own(agent: AgentProcess) -> None:
+def test_a_restarted_agent_makes_a_new_copy(agent: AgentProcess) -> None:
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox)
     container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
@@ -81,7 +81,7 @@ def test_a_start_without_the_program_ends_the_container(agent: AgentProcess, pro
     agent.client.remove(container_id)
 
 
-def test_a_program_that_is_gone_is_no_answer_that_the_pod_is(
+def test_a_missing_program_does_not_mean_that_the_pod_is_missing(
     agent: AgentProcess, program: Path, tmp_path: Path
 ) -> None:
     """For clients, NOT_FOUND means that the removal succeeded."""

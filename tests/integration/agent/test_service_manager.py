@@ -79,7 +79,7 @@ def test_containers_start_and_run_commands_where_the_agent_is_a_service(
         assert re.search(rf"[✓!] +runtime {handler} ", checks), checks
 
 
-def test_the_service_manager_gets_to_know_what_the_agent_does(
+def test_the_service_manager_is_notified_of_the_agent_s_state(
     manager: socket.socket, tmp_path: Path, busybox: Path
 ) -> None:
     folder = tmp_path / "agent"
@@ -96,7 +96,7 @@ def test_the_service_manager_gets_to_know_what_the_agent_does(
         agent.start()
 
 
-def test_the_watchdog_hears_of_the_loop_and_not_of_one_that_hangs(
+def test_the_watchdog_is_notified_only_while_the_loop_runs(
     manager: socket.socket, tmp_path: Path, busybox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_PID", "")
@@ -157,7 +157,7 @@ def unit(tmp_path: Path) -> Iterator[SocketUnit]:
         agent.reset()
 
 
-def test_a_client_that_came_before_the_agent_is_served_by_it(unit: SocketUnit) -> None:
+def test_a_client_that_connected_before_the_start_is_served(unit: SocketUnit) -> None:
     early = CriClient(unit.agent.address)
     asked = early.future("Version", cri_pb2.VersionRequest(), timeout=60)
     wait_for(lambda: select.select([unit.listening], [], [], 0)[0], what="the early client")

@@ -78,7 +78,7 @@ def test_memory_hog_and_its_limit(agent: AgentProcess) -> None:
     assert not memory.HasField("available_bytes")
 
 
-def test_every_part_has_its_own_time_and_who_it_is_comes_back_unchanged(agent: AgentProcess) -> None:
+def test_statistics_have_their_times_and_the_attributes_of_the_container(agent: AgentProcess) -> None:
     labels, annotations = {"app": "web", "ü": "ä"}, {"note": "x" * 5000}
     before = time.time_ns()
     sandbox_id, container_id = run_container(agent, *SLEEP, labels=labels, annotations=annotations)
@@ -152,7 +152,7 @@ def test_traffic_of_a_pod(agent: AgentProcess) -> None:
         assert 3 * 1000 < moved < 3 * 1500
 
 
-def test_a_bulk_transfer_is_seen_whole_on_both_sides(agent: AgentProcess) -> None:
+def test_a_bulk_transfer_is_counted_completely_on_both_sides(agent: AgentProcess) -> None:
     size = 64 * MIB
     # At the end of its input nc would close the connection: a pipe that it may write to itself has none.
     receiver, sink = run_container(agent, "sh", "-c", "mkfifo /p; echo ready; nc -l -p 5001 <>/p >/dev/null")

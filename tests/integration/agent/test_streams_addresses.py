@@ -69,7 +69,7 @@ def test_it_does_not_listen_on_other_addresses_without_tls(
         agent.reset()
 
 
-async def test_who_shows_no_good_certificate_gets_nothing(tmp_path: Path, busybox: Path) -> None:
+async def test_clients_without_a_valid_certificate_are_refused(tmp_path: Path, busybox: Path) -> None:
     make_certificates(tmp_path)
     (tmp_path / "others").mkdir()
     make_certificates(tmp_path / "others")

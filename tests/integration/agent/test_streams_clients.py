@@ -151,7 +151,7 @@ async def test_leaving_a_websocket_ends_the_whole_session(container: Running, tt
     await client.close()
 
 
-async def test_half_of_a_connection_closed_is_a_client_gone(crun: Running) -> None:
+async def test_a_half_closed_connection_ends_the_command(crun: Running) -> None:
     async with spdy(crun.exec_url("sh", "-c", "echo ready; sleep 999"), "stdout", "stderr") as (client, ids):
         await arrives(client, ids["stdout"], b"ready")
         client.writer.write_eof()

@@ -170,7 +170,7 @@ def test_tls_and_calls_without_a_caller_s_trace(tmp_path: Path, busybox: Path) -
             agent.start()
 
 
-def test_a_collector_that_is_away_costs_one_line(tmp_path: Path, busybox: Path) -> None:
+def test_an_unreachable_collector_is_logged_once(tmp_path: Path, busybox: Path) -> None:
     with socket.socket() as taken:  # bound, but without a listener: no other process gets the port
         taken.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -62,7 +62,7 @@ def test_containers_read_what_the_agent_makes(
     client.remove_sandbox(sandbox_id)
 
 
-def test_what_is_private_stays_so(private_agent: AgentProcess) -> None:
+def test_private_files_have_private_modes(private_agent: AgentProcess) -> None:
     assert (private_agent.data / "podkeel.db").stat().st_mode & 0o777 == 0o600
     for name in ("layers", "content"):
         assert (private_agent.data / name).stat().st_mode & 0o777 == 0o700

@@ -51,7 +51,9 @@ def user_container(sandbox: cri_pb2.PodSandboxConfig) -> cri_pb2.ContainerConfig
 
 
 @pytest.mark.parametrize("pid", [cri_pb2.CONTAINER, cri_pb2.POD])
-def test_root_inside_is_nobody_outside(agent: AgentProcess, handler: str, pid: cri_pb2.NamespaceMode) -> None:
+def test_root_of_a_container_is_an_unprivileged_user_of_the_node(
+    agent: AgentProcess, handler: str, pid: cri_pb2.NamespaceMode
+) -> None:
     client = agent.client
     sandbox_id, sandbox = user_pod(agent, handler, pid)
     config = user_container(sandbox)

@@ -138,7 +138,7 @@ def test_only_a_running_container_and_a_place_for_a_file(agent: AgentProcess, cr
     nothing_is_left(agent, tmp_path)
 
 
-def test_one_that_takes_too_long_leaves_nothing_and_the_container_running(
+def test_a_checkpoint_beyond_its_time_leaves_nothing_and_the_container_running(
     agent: AgentProcess, crun: str, tmp_path: Path
 ) -> None:
     _, container_id = run_with(agent, crun, *LARGE)
@@ -159,7 +159,9 @@ def test_one_that_takes_too_long_leaves_nothing_and_the_container_running(
     assert memory_of(agent, container_id) > LARGE_BYTES
 
 
-def test_a_stop_gives_the_checkpoint_up_and_is_polite(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+def test_a_stop_cancels_the_checkpoint_and_sends_the_stop_signal(
+    agent: AgentProcess, crun: str, tmp_path: Path
+) -> None:
     script = f"trap 'exit 3' TERM; {LARGE[2]}"
     _, container_id = run_with(agent, crun, "sh", "-c", script)
     wait_for(lambda: memory_of(agent, container_id) > LARGE_BYTES, what="its memory", seconds=30)

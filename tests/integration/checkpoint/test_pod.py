@@ -80,7 +80,7 @@ def test_containers_that_were_not_selected_are_left_out(agent: AgentProcess, cru
     assert [each["name"] for each in document["containers"]] == ["second"]
 
 
-def test_what_cannot_be_meant_is_refused(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+def test_invalid_selections_and_paths_are_refused(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
     sandbox_id, (running, ended) = run_pod(
         agent, container_config("runs", *POLITE), container_config("ends", "sh", "-c", "exit 0")
     )
@@ -164,7 +164,7 @@ def test_what_criu_cannot_save_of_one_container(agent: AgentProcess, crun: str, 
     nothing_is_left(agent, tmp_path)
 
 
-def test_sessions_are_in_the_way(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+def test_sessions_prevent_a_checkpoint(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
     sandbox_id, ids = run_pod(agent, container_config("main", *COUNTER))
     wait_for_lines(agent, ids[0])
     request = cri_pb2.CheckpointPodRequest(pod_sandbox_id=sandbox_id, output_path=str(tmp_path), container_ids=ids)
@@ -185,7 +185,7 @@ def test_sessions_are_in_the_way(agent: AgentProcess, crun: str, tmp_path: Path)
     assert (tmp_path / "pod.json").is_file()
 
 
-def test_attached_clients_are_in_the_way_or_left_out(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+def test_attached_clients_prevent_a_checkpoint_or_are_left_out(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
     sandbox_id, ids = run_pod(agent, container_config("main", *COUNTER))
     wait_for_lines(agent, ids[0])
     request = cri_pb2.CheckpointPodRequest(pod_sandbox_id=sandbox_id, output_path=str(tmp_path), container_ids=ids)
@@ -220,7 +220,7 @@ def test_a_deadline_leaves_nothing_and_all_running(agent: AgentProcess, crun: st
         wait_for_lines(agent, container_id, 5)
 
 
-def test_one_that_is_being_made_is_shown(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+def test_a_checkpoint_in_progress_is_listed(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
     sandbox_id, ids = run_pod(agent, container_config("small", *COUNTER), container_config("large", *LARGE))
     wait_for(lambda: memory_of(agent, ids[1]) > LARGE_BYTES, what="its memory", seconds=30)
     request = cri_pb2.CheckpointPodRequest(pod_sandbox_id=sandbox_id, output_path=str(tmp_path), container_ids=ids)
@@ -239,7 +239,7 @@ def test_one_that_is_being_made_is_shown(agent: AgentProcess, crun: str, tmp_pat
         wait_for_lines(agent, container_id, 3)
 
 
-def test_a_stop_gives_the_checkpoint_up(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+def test_a_stop_cancels_the_checkpoint(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
     polite = container_config("polite", "sh", "-c", f"trap 'exit 3' TERM; {LARGE[2]}")
     sandbox_id, ids = run_pod(agent, container_config("other", *COUNTER), polite)
     wait_for(lambda: memory_of(agent, ids[1]) > LARGE_BYTES, what="its memory", seconds=30)

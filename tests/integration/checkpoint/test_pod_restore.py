@@ -213,7 +213,9 @@ def test_restored_twice_at_once(agent: AgentProcess, crun: str, tmp_path: Path) 
         assert agent.client.output(ids["first"], "cat", "/made/file") == "new\n"
 
 
-def test_what_differs_is_named(agent: AgentProcess, crun: str, tmp_path: Path, left: Callable[[], None]) -> None:
+def test_differences_from_the_checkpoint_are_named(
+    agent: AgentProcess, crun: str, tmp_path: Path, left: Callable[[], None]
+) -> None:
     secret = cri_pb2.KeyValue(key="TOKEN", value=b"hidden")
     config = container_config("main", *COUNTER, envs=[secret])
     saved(agent, tmp_path / "it", config)

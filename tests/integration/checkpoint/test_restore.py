@@ -35,7 +35,7 @@ def create_from(agent: AgentProcess, image: str, *, shared: bool = False, **fiel
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own-pids", "shared-pids"])
-def test_processes_go_on_where_they_were(agent: AgentProcess, crun: str, tmp_path: Path, *, shared: bool) -> None:
+def test_processes_continue_where_they_were(agent: AgentProcess, crun: str, tmp_path: Path, *, shared: bool) -> None:
     sandbox = sandbox_config(agent)
     config = container_config("main", *COUNTER)
     if shared:

@@ -125,7 +125,9 @@ def state(agent: AgentProcess, container_id: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["", "tcp"])
-def test_everything_is_there_again(agent: AgentProcess, crun: str, tmp_path: Path, *, tcp: bool) -> None:
+def test_the_whole_state_of_a_container_is_restored(
+    agent: AgentProcess, crun: str, tmp_path: Path, *, tcp: bool
+) -> None:
     if tcp and (why := why_no_sockets(agent)):
         pytest.skip(why)
     python = os.path.realpath(sys.executable)

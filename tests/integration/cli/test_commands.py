@@ -148,7 +148,7 @@ def test_a_pod_that_fails_leaves_nothing(
     assert good(podkeel("pods", "-q")) == ""
 
 
-def test_what_the_manifest_says_in_vain(podkeel: Podkeel, tmp_path: Path) -> None:
+def test_ignored_fields_of_a_manifest_are_reported(podkeel: Podkeel, tmp_path: Path) -> None:
     path = manifest(tmp_path, "vain")
     path.write_text(path.read_text() + "  restartPolicy: Always\n  nodeName: here\n")
     done = podkeel("run", path, "--pod-dir", tmp_path)
@@ -234,7 +234,7 @@ def test_a_second_agent_on_the_same_folders_says_why_not(agent: AgentProcess) ->
     assert "Traceback" not in done.stderr
 
 
-def test_reset_wants_to_be_sure(agent: AgentProcess, podkeel: Podkeel) -> None:
+def test_reset_asks_for_confirmation(agent: AgentProcess, podkeel: Podkeel) -> None:
     done = podkeel("reset", *agent.flags)
     assert done.status == 1
     assert done.err.endswith("say --yes to do it\n")

@@ -22,7 +22,7 @@ def checked(folder: Path, **options: object) -> dict[str, Check]:
     return found
 
 
-def test_what_works_here(tmp_path: Path) -> None:
+def test_every_check_passes_on_this_node(tmp_path: Path) -> None:
     found = checked(tmp_path)
     for name in (
         "conmon",
@@ -77,7 +77,7 @@ def as_nobody(agent: AgentProcess, *words: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("command", [("serve",), ("reset", "--yes")])
-def test_what_needs_root_says_so(agent: AgentProcess, command: tuple[str, ...]) -> None:
+def test_commands_that_need_root_are_refused_without_it(agent: AgentProcess, command: tuple[str, ...]) -> None:
     status, output = as_nobody(agent, *command)
     assert (status, output.count("\n")) == (1, 1)
     assert output.startswith(f"podkeel: podkeel {command[0]} needs root, and this is user ")
@@ -91,7 +91,7 @@ def test_everyone_may_check_what_takes_no_root(agent: AgentProcess) -> None:
     assert found["conmon"]["state"] == "ok"
 
 
-def test_clients_that_may_not_use_the_socket_are_told(agent: AgentProcess) -> None:
+def test_clients_without_access_to_the_socket_get_an_error(agent: AgentProcess) -> None:
     status, output = as_nobody(agent, "ps", "--socket", agent.address)
     assert status == 1
     assert output.startswith(f"podkeel: {agent.address} is closed to user ")

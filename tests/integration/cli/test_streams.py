@@ -223,7 +223,7 @@ def test_without_keys_all_that_is_typed_is_passed_on(container: Running, termina
     assert screen.ended() == 0
 
 
-def test_keys_that_nobody_has(container: Running, start: Start) -> None:
+def test_unknown_detach_keys_are_refused(container: Running, start: Start) -> None:
     process = start("attach", "--detach-keys", "ctrl-p,F1", container.id, stderr=PIPE)
     assert b"'F1' is no key to detach by" in process.communicate(timeout=SOON)[1]
     assert process.returncode == 1
@@ -270,7 +270,7 @@ def test_connections_are_carried_with_their_half_closes(web: Running, start: Sta
     assert process.wait(10) == 130
 
 
-def test_a_closed_port_of_the_pod_is_told_and_the_others_go_on(agent: AgentProcess, start: Start) -> None:
+def test_a_closed_port_of_the_pod_is_reported_and_other_ports_continue(agent: AgentProcess, start: Start) -> None:
     sandbox_id = agent.client.run_sandbox(sandbox_config(agent))
     process = start("port-forward", sandbox_id[:12], ":81", stdout=PIPE, stderr=PIPE)
     port = port_of(process)

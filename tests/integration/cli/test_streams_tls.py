@@ -87,14 +87,16 @@ def test_what_is_missing_is_named(
     assert (process.returncode, error.count(b"\n")) == (1, 1)
 
 
-def test_a_file_that_is_not_there(container: Running, start: Start) -> None:
+def test_a_missing_file(container: Running, start: Start) -> None:
     words = ("--socket", container.agent.address, "--tls-ca", "/no/such.pem")
     process = start("exec", *words, container.id, "true", stderr=PIPE)
     assert b"/no/such.pem: not to be used for TLS: No such file" in process.communicate(timeout=SOON)[1]
     assert process.returncode == 1
 
 
-def test_an_agent_that_nobody_vouched_for(container: Running, tmp_path: Path, certificates: Path, start: Start) -> None:
+def test_an_agent_with_an_unknown_certificate(
+    container: Running, tmp_path: Path, certificates: Path, start: Start
+) -> None:
     make_certificates(tmp_path)
     words = ("--socket", container.agent.address, "--tls-ca", str(tmp_path / "ca.pem"))
     process = start("exec", *words, *tls(certificates, "cert", "key"), container.id, "true", stderr=PIPE)

@@ -216,7 +216,7 @@ def test_stop_after_a_child_was_killed_for_memory_is_an_error(pod: Pod) -> None:
     assert (status.exit_code, status.reason) == (137, "Error")
 
 
-def test_other_containers_are_not_told_out_of_memory(pod: Pod) -> None:
+def test_other_containers_do_not_end_as_out_of_memory(pod: Pod) -> None:
     config = container_config("main", "sh", "-c", "kill -9 $$; sh -c 'kill -9 $$'; exit 137")
     config.linux.resources.memory_limit_in_bytes = 16 << 20
     status = pod.finished(config)

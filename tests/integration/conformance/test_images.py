@@ -150,7 +150,7 @@ def test_containers_outlive_their_image(pod: Pod, client: CriClient, registry: R
         pod.create(container_config("other", *SLEEP, image=reference))
 
 
-def test_image_in_use_is_listed_by_its_id_once_its_name_stands_for_another(
+def test_image_in_use_is_listed_by_its_id_after_its_name_moved(
     pod: Pod, client: CriClient, registry: Registry, built: BuiltImage
 ) -> None:
     """Who removes what no container in the list names must not hit the images of containers."""

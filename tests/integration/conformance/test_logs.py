@@ -98,7 +98,7 @@ def test_reopening_twice_or_without_a_rename_loses_nothing(pod: Pod) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["0.1", "0.log"]
 
 
-def test_a_log_cut_off_by_others_goes_on_at_its_new_end(pod: Pod) -> None:
+def test_a_log_truncated_by_others_continues_at_its_new_end(pod: Pod) -> None:
     client = pod.agent.client
     container_id = pod.start(container_config("main", *COUNT))
     path = Path(client.status(container_id).log_path)
@@ -130,7 +130,7 @@ def test_another_file_in_the_place_of_the_log_is_not_overwritten(pod: Pod) -> No
 
 
 @pytest.mark.parametrize("obstacle", ["folder", "fifo", "no inode", "link"])
-def test_a_log_that_cannot_be_reopened_goes_on_in_the_old_file(pod: Pod, tmp_path: Path, obstacle: str) -> None:
+def test_a_log_that_cannot_be_reopened_continues_in_the_old_file(pod: Pod, tmp_path: Path, obstacle: str) -> None:
     client = pod.agent.client
     container_id = pod.start(container_config("main", *COUNT))
     path = Path(client.status(container_id).log_path)

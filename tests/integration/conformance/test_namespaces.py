@@ -85,7 +85,7 @@ def test_host_network(agent: AgentProcess) -> None:
     assert status.linux.namespaces.options.network == cri_pb2.NODE
 
 
-def test_host_network_with_users_of_its_own(agent: AgentProcess) -> None:
+def test_host_network_with_a_user_namespace(agent: AgentProcess) -> None:
     status = agent.client.call("Status", cri_pb2.StatusRequest())
     for handler in (item for item in status.runtime_handlers if item.features.user_namespaces):
         config = sandbox_config(agent)

@@ -19,7 +19,7 @@ from tests.support.pods import container_config, sandbox_config
 ODD = {"a": "", "": "b", "tab\t": "\u0000\u0001\u001f\u007f", "\U0001f6a2": "ünï\ncode", "json": '{"a":[1,"\\""]}'}
 
 
-def test_status_gives_back_what_was_given(agent: AgentProcess) -> None:
+def test_status_returns_the_configuration(agent: AgentProcess) -> None:
     before = time.time_ns()
     config = sandbox_config(agent, labels=ODD, annotations={**ODD, "long": "x" * 200_000})
     config.metadata.attempt = 7
@@ -140,7 +140,7 @@ def test_failure_says_which_step_failed_and_leaves_nothing(agent: AgentProcess) 
 
 
 @pytest.mark.parametrize("user", [cri_pb2.CONTAINER, cri_pb2.TARGET])
-def test_user_namespace_modes_that_make_no_sense_are_refused(agent: AgentProcess, user: cri_pb2.NamespaceMode) -> None:
+def test_invalid_user_namespace_modes_are_refused(agent: AgentProcess, user: cri_pb2.NamespaceMode) -> None:
     config = sandbox_config(agent)
     config.linux.security_context.namespace_options.userns_options.mode = user
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "user namespace"):

@@ -150,7 +150,7 @@ def _hostname_profile(folder: Path) -> str:
     return str(path)
 
 
-def test_profile_holds_whatever_the_capabilities(pod: Pod, tmp_path: Path) -> None:
+def test_profile_applies_with_any_capabilities(pod: Pod, tmp_path: Path) -> None:
     for name, kind, expected in (("free", PROFILE.Unconfined, 0), ("held", PROFILE.Localhost, 1)):
         config = container_config(name, "sleep", "60")
         context = config.linux.security_context

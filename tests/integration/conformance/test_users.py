@@ -69,7 +69,7 @@ def test_supplemental_groups(pod: Pod, policy: cri_pb2.SupplementalGroupsPolicy,
     assert _ids(pod, config)[2] == expected
 
 
-def test_users_that_are_not_there_are_refused(pod: Pod, image: MakeImage) -> None:
+def test_missing_users_are_refused(pod: Pod, image: MakeImage) -> None:
     named = container_config("named", "id")
     named.linux.security_context.run_as_username = "nobodyhere"
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "nobodyhere"):

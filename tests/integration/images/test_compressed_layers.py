@@ -47,7 +47,7 @@ async def test_members_and_frames_of_compressed_streams(node: Node, form: str, s
 
 
 @pytest.mark.parametrize("cut", [1, 4, 9, 300])
-async def test_a_stream_that_is_cut_short_is_reported_as_that(node: Node, cut: int) -> None:
+async def test_a_truncated_stream_is_reported_as_truncated(node: Node, cut: int) -> None:
     """What is left has the end of the tar, so only the stream itself says that something is missing."""
     layer = make_tar([entry("a", "x")]) + os.urandom(1000)
     checksum = zstandard.ZstdCompressor(write_checksum=True)

@@ -78,7 +78,7 @@ def configure(number: int) -> None:
     ip("link", "set", f"pktm{number}", "up")
 
 
-async def test_sent_and_received_are_the_pods_own(pods: tuple[str, str]) -> None:
+async def test_traffic_of_other_pods_is_not_counted(pods: tuple[str, str]) -> None:
     before = [reading.interfaces[0] for reading in await in_fresh_thread(read_networks, pods) if reading is not None]
 
     def send() -> None:
@@ -97,7 +97,7 @@ async def test_sent_and_received_are_the_pods_own(pods: tuple[str, str]) -> None
     assert after[1].tx_bytes - before[1].tx_bytes < DATAGRAMS * SIZE
 
 
-async def test_a_namespace_that_is_gone_is_none_and_harms_no_other(pods: tuple[str, str], tmp_path: Path) -> None:
+async def test_a_missing_namespace_has_no_statistics_and_others_are_read(pods: tuple[str, str], tmp_path: Path) -> None:
     not_a_namespace = tmp_path / "empty"
     not_a_namespace.touch()
     readings = await in_fresh_thread(read_networks, [pods[0], str(tmp_path / "none"), str(not_a_namespace), pods[1]])
@@ -111,7 +111,7 @@ async def test_reading_leaves_the_agent_in_its_own_namespace(pods: tuple[str, st
     assert Path("/proc/thread-self/ns/net").readlink() == own
 
 
-async def test_what_a_visitor_starts_is_at_home(pods: tuple[str, str]) -> None:
+async def test_threads_started_while_reading_are_in_the_agent_s_namespace(pods: tuple[str, str]) -> None:
     """A thread is in the namespace of the one that starts it, and would keep a pod's namespace for ever."""
     found: list[Path] = []
 

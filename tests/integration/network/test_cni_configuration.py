@@ -169,7 +169,7 @@ async def test_status_is_asked_from_version_1_1_on(node: CniNode, monkeypatch: p
     assert not node.network.condition().ready
 
 
-async def test_a_plugin_that_hangs_does_not_hold_up_the_start(node: CniNode, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_plugin_that_hangs_does_not_delay_the_start(node: CniNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("network.cni.network.START_SECONDS", 0.1)
     node.configure(node.script("slow", VERSION="sleep 30"))
     async with asyncio.timeout(SOON):

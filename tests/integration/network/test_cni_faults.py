@@ -95,7 +95,7 @@ async def test_a_result_without_a_usable_address_is_an_error(node: CniNode, acti
     assert [call.command for call in node.called()] == ["ADD", "DEL"]
 
 
-async def test_nothing_is_asked_of_plugins_for_a_namespace_that_is_not_there(node: CniNode) -> None:
+async def test_plugins_are_not_called_for_a_missing_namespace(node: CniNode) -> None:
     node.configure(node.script("one"))
     await node.start()
     with pytest.raises(NotFoundError, match="network namespace /nowhere"):
@@ -104,7 +104,7 @@ async def test_nothing_is_asked_of_plugins_for_a_namespace_that_is_not_there(nod
     assert node.rows() == 0
 
 
-async def test_plugins_are_told_everything_and_each_only_what_it_asks(node: CniNode) -> None:
+async def test_each_plugin_gets_all_arguments_and_only_its_own_capabilities(node: CniNode) -> None:
     capable = dict.fromkeys(("portMappings", "bandwidth", "dns", "ipRanges", "aliases", "unknown"), True)
     node.configure(
         {**node.script("first"), "own": {"deep": [1]}},
@@ -183,7 +183,7 @@ async def test_del_is_repeated_until_it_succeeds(node: CniNode) -> None:
     await node.pod("two", PortMapping("tcp", 80, 31803))
 
 
-async def test_what_no_del_gives_back_can_be_given_up(node: CniNode) -> None:
+async def test_a_network_that_no_del_releases_can_be_given_up(node: CniNode) -> None:
     node.configure(node.script("bad", DEL="sleep 30"), {**node.bridge_plugin(), "isGateway": False})
     await node.start()
     pod = await node.pod("one", PortMapping("tcp", 80, 31804))
@@ -236,7 +236,7 @@ async def test_destroy_by_force_gives_up_what_fails_alone(node: CniNode) -> None
     assert node.rows() == 0
 
 
-async def test_a_del_that_waits_survives_a_restart_and_holds_up_no_start(node: CniNode) -> None:
+async def test_a_pending_del_survives_a_restart_and_delays_no_start(node: CniNode) -> None:
     node.configure(node.script("slow", DEL="sleep 30"))
     await node.start()
     await node.pod("one")
@@ -315,7 +315,7 @@ async def test_a_plugin_that_outlives_its_agent_is_ended_before_del(node: CniNod
     assert not done.exists()
 
 
-async def test_the_loop_goes_on_while_plugins_work(node: CniNode) -> None:
+async def test_the_loop_is_not_blocked_while_plugins_work(node: CniNode) -> None:
     begun, go_on = node.folder / "begun", node.folder / "go-on"
     waits = f"touch {begun}; for _ in $(seq 300); do [ -e {go_on} ] && break; sleep 0.1; done"
     node.configure(node.script("slow", ADD=f"{waits}; {result()}"))

@@ -153,7 +153,7 @@ async def test_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outs
     assert table not in nft_tables()
 
 
-async def test_host_ports_come_back_when_the_nodes_rules_are_loaded_anew(node: CniNode) -> None:
+async def test_host_ports_are_restored_when_the_node_s_rules_are_reloaded(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
     port = free_port()

@@ -151,7 +151,7 @@ def test_firewalls_that_accept_pods_packets_are_not_reported(tmp_path: Path, fir
     assert told["before"] == [True, "", ""]
 
 
-def test_what_may_let_pods_through_leaves_the_network_ready(tmp_path: Path) -> None:
+def test_chains_that_may_accept_pods_leave_the_network_ready(tmp_path: Path) -> None:
     told = _look(tmp_path, _DOCKER + "iptables -A FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT")
     assert [item[1] for item in told["obstacles"]] == [False]
     assert told["before"] == [True, "", ""]

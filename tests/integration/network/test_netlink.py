@@ -88,7 +88,7 @@ def test_a_pair_has_its_ends_where_they_belong(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("generate_address", [True, False])
-def test_a_port_sends_back_and_gets_no_address_of_its_own(bench: Bench, generate_address: bool) -> None:
+def test_a_bridge_port_is_in_hairpin_mode_and_has_no_address(bench: Bench, generate_address: bool) -> None:
     before = bench.link("port0")
     assert before["linkinfo"]["info_slave_data"]["hairpin"] is False
     assert before["inet6_addr_gen_mode"] == "eui64"

@@ -88,7 +88,7 @@ def test_a_changed_seccomp_policy_is_refused_by_the_kind_of_profile(
         create(agent, profile=profile)
 
 
-def test_what_no_rule_is_about_is_taken(agent: AgentProcess) -> None:
+def test_adjustments_without_a_rule_are_accepted(agent: AgentProcess) -> None:
     with connected(guard(agent, env=[nri_pb2.KeyValue(key="A", value="1")])):
         create(agent)
 

@@ -23,9 +23,7 @@ def blocking_start(folder: Path) -> nri_pb2.CreateContainerResponse:
     return nri_pb2.CreateContainerResponse(adjust=nri_pb2.ContainerAdjustment(hooks=hooks))
 
 
-def test_a_plugin_that_comes_between_start_and_its_end_is_told_once_that_it_runs(
-    agent: AgentProcess, tmp_path: Path
-) -> None:
+def test_a_plugin_that_connects_during_a_start_gets_the_running_state_once(agent: AgentProcess, tmp_path: Path) -> None:
     answer = blocking_start(tmp_path)
     first = Recorder(agent.nri_socket, "10", "first", {"CreateContainer": lambda _request: answer})
     with ThreadPoolExecutor() as pool, connected(first):
@@ -44,7 +42,7 @@ def test_a_plugin_that_comes_between_start_and_its_end_is_told_once_that_it_runs
     assert first.events_of(container_id)[-3:] == ["StartContainer", "PostStartContainer", "StopContainer"]
 
 
-def test_plugins_that_come_while_unadjusted_containers_are_made_are_told_each_once_and_whole(
+def test_plugins_that_connect_during_creations_get_each_container_once_and_complete(
     agent: AgentProcess,
 ) -> None:
     sandbox = sandbox_config(agent)

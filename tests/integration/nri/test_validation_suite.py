@@ -177,7 +177,7 @@ def test_containers_have_ended_and_the_pod_can_be_looked_at_while_the_stop_hook_
         agent.client.remove_sandbox(sandbox_id)
 
 
-def test_a_second_stop_is_not_told_and_a_stopped_pod_gets_no_containers(agent: AgentProcess) -> None:
+def test_a_second_stop_causes_no_event_and_a_stopped_pod_gets_no_containers(agent: AgentProcess) -> None:
     with plugged(agent, "cri-test-nri-stop-idempotent") as plugin:
         sandbox = sandbox_config(agent)
         sandbox_id = agent.client.run_sandbox(sandbox)

@@ -130,7 +130,7 @@ def test_selectors_are_found_in_queries() -> None:
     assert selectors(query) == {'a_total{x=~"b{1}|c", y!=""}', "d:e:f", "g", 'up{job="h"}', "j"}
 
 
-def test_panels_have_ids_and_room_of_their_own() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     every = dashboard()["panels"]
     ids = [panel["id"] for panel in every]
     assert len(set(ids)) == len(ids)

@@ -134,7 +134,7 @@ def test_both_jobs_are_up(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("query", list(dashboard_queries()), ids=lambda query: query.place)
-def test_dashboard_shows_something(watched: Watched, query: Query) -> None:
+def test_every_panel_of_the_dashboard_has_data(watched: Watched, query: Query) -> None:
     if query.place in EMPTY_HERE:
         assert not has_value(watched.prometheus, query.expression), query.expression
     else:
@@ -173,7 +173,7 @@ def test_recorded_series_have_values(watched: Watched) -> None:
         assert all(labels["instance"] for labels, _ in watched.prometheus.vector(rule["record"]))
 
 
-def test_what_happened_here_and_nothing_else_is_told(watched: Watched) -> None:
+def test_only_the_expected_alerts_fire(watched: Watched) -> None:
     def firing() -> dict[str, Any]:
         alerts = watched.prometheus.get("alerts")["alerts"]
         return {alert["labels"]["alertname"]: alert for alert in alerts if alert["state"] == "firing"}
@@ -188,7 +188,7 @@ def test_what_happened_here_and_nothing_else_is_told(watched: Watched) -> None:
     assert killed["annotations"]["summary"] == f"default/{killed['labels']['pod']}: hungry was killed: out of memory"
 
 
-def test_labels_of_containers_are_theirs(watched: Watched) -> None:
+def test_metrics_of_containers_keep_their_labels(watched: Watched) -> None:
     """Not Prometheus' exported_… ones: dashboards made for kubelet look for these."""
     prometheus = watched.prometheus
     for name in ("container_memory_working_set_bytes", "podkeel_container_restarts_total"):
@@ -223,7 +223,7 @@ def test_restarts_and_ends_go_with_their_containers(watched: Watched) -> None:
     wait_for(lambda: not prometheus.has_series(restarts), seconds=60, what="the series end with their container")
 
 
-def test_an_agent_that_goes_away_is_noticed(watched: Watched) -> None:
+def test_a_missing_agent_raises_an_alert(watched: Watched) -> None:
     """The last test: nothing is scraped after it."""
     watched.agent.kill()
     pending = 'ALERTS{alertname="PodkeelDown",alertstate="pending"}'

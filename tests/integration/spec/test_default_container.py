@@ -63,7 +63,7 @@ def test_default_container_from_inside(run: Run, node: NodeFacts) -> None:
     )
 
 
-def test_default_container_is_fenced_in(run: Run, node: NodeFacts) -> None:
+def test_default_container_is_isolated(run: Run, node: NodeFacts) -> None:
     seen = run(LOOK).sections()
     assert "end" in seen
     targets = {line.split()[4]: line.split() for line in seen["mounts"].splitlines()}

@@ -143,7 +143,7 @@ async def test_a_child_left_behind_does_not_keep_the_streams(server: StreamingSe
     assert (await client.streams[ids["stdout"]].text()).strip().isdigit()
 
 
-async def test_a_reset_stdout_ends_a_process_that_goes_on_writing(server: StreamingServer, connect: Connect) -> None:
+async def test_a_reset_stdout_ends_a_process_that_keeps_writing(server: StreamingServer, connect: Connect) -> None:
     client = await connect(exec_url(server, "sh", "-c", "trap '' PIPE; yes; exit 9"))
     ids = await client.open_command("stdout", "stderr")
     await asyncio.wait_for(client.streams[ids["stdout"]].arrived.wait(), SOON)

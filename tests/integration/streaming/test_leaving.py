@@ -83,7 +83,7 @@ async def accepted_pair() -> tuple[StreamConnection, socket.socket]:
 
 
 @pytest.mark.parametrize("queued", [0, 4 << 20])
-async def test_a_client_that_is_gone_before_anybody_noticed(queued: int) -> None:
+async def test_a_close_after_the_client_disconnected(queued: int) -> None:
     connection, client = await accepted_pair()
     connection.write(bytes(queued))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -120,7 +120,7 @@ async def test_a_client_that_reads_slowly_gets_all_until_the_end() -> None:
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("moment", ["before the request", "within the request", "after the upgrade", "in the output"])
 @pytest.mark.parametrize("tls", [False, True])
-async def test_every_way_at_every_moment(
+async def test_clients_disconnect_in_every_way_at_every_moment(
     backend: LocalBackend, certificates: Path, leave: Leave, moment: str, tls: bool
 ) -> None:
     limits = StreamLimits(request_timeout=SOON, close_patience=1.0)

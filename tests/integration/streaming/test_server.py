@@ -90,7 +90,7 @@ async def test_a_client_that_sends_no_request_is_cut_off(backend: LocalBackend) 
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /exec/x HTTP/1.1\r\n\r\n", b"nonsense\r\n\r\n"])
-async def test_who_shows_no_token_has_seconds(backend: LocalBackend, sent: bytes) -> None:
+async def test_clients_without_a_token_have_a_few_seconds(backend: LocalBackend, sent: bytes) -> None:
     server = StreamingServer(backend, StreamLimits(request_timeout=0.3))
     await server.start()
     host, port = true_url(server).split("/")[2].split(":")
@@ -103,7 +103,7 @@ async def test_who_shows_no_token_has_seconds(backend: LocalBackend, sent: bytes
     await server.close()
 
 
-async def test_the_oldest_without_a_token_gives_way(backend: LocalBackend, connect: Connect) -> None:
+async def test_the_oldest_client_without_a_token_is_closed_first(backend: LocalBackend, connect: Connect) -> None:
     server = StreamingServer(backend, StreamLimits(max_pending=8))
     await server.start()
     first = true_url(server)

@@ -30,7 +30,7 @@ END = "(00.200000) Error (criu/cr-dump.c:2128): Dumping FAILED.\n"
         ("(00.1) Error (criu/image.c:1): Can't write: No space left on device", "the disk is full"),
     ],
 )  # fmt: skip
-def test_the_reason_is_told_in_words_and_in_criu_s(tmp_path: Path, line: str, words: str) -> None:
+def test_the_reason_is_reported_with_criu_s_own_words(tmp_path: Path, line: str, words: str) -> None:
     log = tmp_path / "dump.log"
     log.write_text(BEGIN + line + "\n" + END)
     told = reason(log)

@@ -76,7 +76,7 @@ DISK = node(tarfile.BLKTYPE, 8, 0, "./disk")
         (b"no gzip", "broken"),
     ],
 )
-def test_what_no_container_has_in_memory(tmp_path: Path, content: bytes, words: str) -> None:
+def test_odd_files_of_a_tmpfs_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         again(tmp_path, content)
 

@@ -23,7 +23,7 @@ def test_the_table_shows_remedies_of_what_is_not_ok() -> None:
     assert "\x1b[31m✗\x1b[0m  nft" in as_table(checks, coloured=True)
 
 
-def test_an_agent_that_is_not_there_or_does_not_answer(tmp_path: Path) -> None:
+def test_an_agent_that_is_missing_or_does_not_answer(tmp_path: Path) -> None:
     (none,) = agent_checks(f"unix://{tmp_path}/none.sock")
     assert (none.state, none.detail) == ("ok", f"none listens on unix://{tmp_path}/none.sock")
     (unrepaired,) = agent_checks(f"unix://{tmp_path}/none.sock", repair=True)

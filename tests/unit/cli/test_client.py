@@ -212,14 +212,14 @@ def test_containers_are_found(populated: Client, wanted: str, found: str) -> Non
 
 
 @pytest.mark.parametrize("wanted", ["", "nothing", "main/web", "ff"])
-def test_what_is_not_there(populated: Client, wanted: str) -> None:
+def test_names_of_no_pod_or_container(populated: Client, wanted: str) -> None:
     with pytest.raises(NotFoundError, match=f"no pod is called '{wanted}'"):
         find_pod(populated, wanted)
     with pytest.raises(NotFoundError, match=f"no container is called '{wanted}'"):
         find_container(populated, wanted)
 
 
-def test_what_may_mean_several(populated: Client) -> None:
+def test_ambiguous_names(populated: Client) -> None:
     with pytest.raises(InvalidArgumentError, match="'aa' may mean several pods, use more of the id: web aa11, db aa22"):
         find_pod(populated, "aa")
     with pytest.raises(InvalidArgumentError, match="'web' may mean several pods"):

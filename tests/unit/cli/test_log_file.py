@@ -47,7 +47,7 @@ def test_a_line_half_written_is_read_when_it_is_whole(tmp_path: Path) -> None:
         assert [item.text for item in reader.lines()] == ["hello", "again"]
 
 
-def test_reading_goes_on_in_the_new_file_after_a_rotation(tmp_path: Path) -> None:
+def test_reading_continues_in_the_new_file_after_a_rotation(tmp_path: Path) -> None:
     path = tmp_path / "0.log"
     path.write_text(line("one"))
     with LogReader(path) as reader:
@@ -68,7 +68,7 @@ def test_the_end_of_a_container_completes_its_last_line(tmp_path: Path) -> None:
     assert tail_lines(path, 0) == []
 
 
-def test_a_log_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_log(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"none\.log does not exist"):
         LogReader(tmp_path / "none.log")
     assert tail_lines(tmp_path / "none.log", 3) == []

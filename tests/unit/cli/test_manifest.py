@@ -197,7 +197,7 @@ def test_what_has_no_effect_is_named() -> None:
     ]
 
 
-def test_sidecars_are_told_from_what_is_waited_for() -> None:
+def test_sidecars_are_not_waited_for() -> None:
     planned = plan(
         pod_with(
             "initContainers: [{name: i, image: x}, {name: s, image: x, restartPolicy: Always}],", ", restartPolicy: x"

@@ -54,7 +54,7 @@ def test_the_first_bytes_of_the_stream_are_not_lost(step: int) -> None:
         (b"x" * 70_000, "refused the stream"),
     ],
 )
-def test_a_refusal_tells_the_reason(answer: bytes, told: str) -> None:
+def test_a_refusal_has_its_reason(answer: bytes, told: str) -> None:
     upgrade = asked()
     with pytest.raises(PodkeelError, match=told):
         assert not answer or upgrade.receive(answer) is None

@@ -50,7 +50,7 @@ def test_the_version_is_that_of_the_memory_controller(v1: dict[str, str], mounte
     assert set(tree.mounts) == ({"unified"} if version == 2 else {*v1, *(["hybrid"] if mounted else [])})
 
 
-def test_all_who_ask_are_told_the_same_version() -> None:
+def test_all_callers_get_the_same_cgroup_version() -> None:
     hierarchies = discover()
     assert probe_node(hierarchies).cgroup_version == CgroupTree.of_host("auto").version == hierarchies.version
 
@@ -63,7 +63,7 @@ def test_controllers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("own", ["0::/system.slice\n", "0::/\n", "1:name=x:/y\n0::/empty\n", ""])
-def test_swap_of_version_2_is_told_by_a_cgroup_with_the_controller(tmp_path: Path, swap: bool, own: str) -> None:
+def test_swap_of_version_2_is_found_in_a_cgroup_with_the_controller(tmp_path: Path, swap: bool, own: str) -> None:
     (tmp_path / "own").write_text(own)
     assert unified(tmp_path / "cgroup", "memory", swap=swap).counts_swap(str(tmp_path / "own")) == swap
 
@@ -75,7 +75,7 @@ def test_no_swap_without_the_memory_controller(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_swap_of_version_1_is_told_by_the_mount_of_the_controller(tmp_path: Path, swap: bool) -> None:
+def test_swap_of_version_1_is_found_at_the_mount_of_the_controller(tmp_path: Path, swap: bool) -> None:
     hierarchies = legacy(tmp_path, "memory", "pids")
     if swap:
         (tmp_path / "memory/memory.memsw.limit_in_bytes").touch()

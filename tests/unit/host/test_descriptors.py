@@ -67,7 +67,7 @@ def test_streams_and_images_give_way_first_and_then_what_makes_containers(monkey
 
 
 @pytest.mark.usefixtures("way")
-def test_where_many_are_left_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_counted_if_many_remain(monkeypatch: pytest.MonkeyPatch) -> None:
     set_limit(monkeypatch, 1 << 20)
     monkeypatch.setattr(OlderFolder, "iterdir", lambda folder: pytest.fail("it took too long"))
     assert not descriptors.scarce()

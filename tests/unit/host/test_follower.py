@@ -74,7 +74,7 @@ async def test_without_a_change_nothing_is_done() -> None:
     assert work.calls == 0
 
 
-def test_a_thread_of_its_own_passes_on_what_the_work_returns_or_raises() -> None:
+def test_a_separate_thread_passes_on_results_and_exceptions() -> None:
     assert run_in_new_thread(lambda: threading.current_thread().name, name="mine") == "mine"
 
     def fail() -> None:

@@ -103,7 +103,7 @@ def test_an_older_architecture_is_taken_where_there_is_nothing_better(shelf: She
     assert suitability(Platform("windows", "386"), AMD64) == 0
 
 
-def test_entries_without_platform_are_told_apart_by_their_configs(shelf: Shelf) -> None:
+def test_entries_without_platform_are_distinguished_by_their_configs(shelf: Shelf) -> None:
     arm, amd = shelf.image("linux/arm64", said=False), shelf.image("linux/amd64", said=False)
     assert shelf.found(shelf.index(arm, amd)) == "linux/amd64"
     assert shelf.found(shelf.index(amd, arm)) == "linux/amd64"

@@ -46,7 +46,7 @@ async def test_layers_of_one_pull_get_the_usual_number_of_slots() -> None:
     assert len(pull.begun) == 10
 
 
-async def test_each_pull_has_a_slot_of_its_own_up_to_the_most() -> None:
+async def test_each_pull_has_its_own_slot_up_to_the_limit() -> None:
     of = Slots(4, 8)
     first = Pull(of, "slow", 10)
     await settle()
@@ -70,7 +70,7 @@ async def test_one_registry_never_takes_all_slots() -> None:
         await pull.finish()
 
 
-async def test_each_registry_gets_its_share_at_once_whatever_others_hold() -> None:
+async def test_each_registry_gets_its_share_at_once() -> None:
     of = Slots(4)
     first = [Pull(of, "first", 1) for _ in range(30)]
     await settle()
@@ -242,7 +242,7 @@ async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypat
     await asyncio.wait((quick,))
 
 
-async def test_who_has_more_than_its_share_makes_room_for_a_registry_without_a_slot(
+async def test_a_registry_above_its_share_makes_room_for_one_without_a_slot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However quickly its bytes come: the slowest of its transfers, and only what had its time."""

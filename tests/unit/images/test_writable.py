@@ -106,7 +106,7 @@ def test_first_answer_is_the_folder_itself(layers: WritableLayers, tmp_path: Pat
     assert (first.used_bytes, first.inodes) == (taken(tmp_path / "a"), 1)
 
 
-def test_what_is_not_there_has_no_answer(layers: WritableLayers) -> None:
+def test_an_unknown_layer_has_no_usage(layers: WritableLayers) -> None:
     assert layers.usage("nothing") is None
 
 
@@ -229,7 +229,7 @@ def test_closing_cuts_a_long_count_short(tmp_path: Path, monkeypatch: pytest.Mon
     assert layers.usage("a") == first
 
 
-def test_where_there_are_no_quotas_the_reason_is_told_and_layers_are_counted() -> None:
+def test_without_quotas_the_reason_is_logged_and_layers_are_counted() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # tmpfs has none
         quotas = ProjectQuotas(Path(folder), (1000, 2000))
         layers = WritableLayers(lambda container_id: Path(folder) / container_id / "upper", quotas)
@@ -251,7 +251,7 @@ def test_ranges_of_projects_that_cannot_be(ids: tuple[int, int]) -> None:
         ImageOptions(project_ids=ids)
 
 
-def test_counting_goes_on_after_there_was_no_descriptor_left(
+def test_counting_continues_after_a_lack_of_descriptors(
     layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.05)

@@ -100,7 +100,7 @@ def test_every_promised_name_is_there_once_and_no_other() -> None:
     assert sorted(metric.name for metric in CATALOG) == sorted(promised)
 
 
-def test_label_values_stand_in_the_order_of_the_keys() -> None:
+def test_label_values_are_in_the_order_of_the_keys() -> None:
     for metric, (label_values, _) in samples(CATALOG, LABELS, FULL):
         assert metric.label_keys[:6] == ("container", "id", "image", "name", "namespace", "pod")
         assert label_values[:6] == ("c", "/kubepods/x", "busybox", "abc", "ns", "p")

@@ -134,7 +134,7 @@ def test_an_old_kernel_has_no_full_line_for_processors(tmp_path: Path) -> None:
 
 
 @ALL
-def test_a_cgroup_that_is_not_there_reads_as_nothing_and_later_as_itself(make: Make, tmp_path: Path) -> None:
+def test_a_cgroup_is_read_once_it_exists(make: Make, tmp_path: Path) -> None:
     hierarchies = make(tmp_path / "made", PATH)
     cgroup = Cgroup("/other", hierarchies, DescriptorBudget(100))
     reading = cgroup.read()
@@ -179,7 +179,7 @@ def test_limits_are_those_of_the_controllers_that_are_there(tmp_path: Path) -> N
     assert limits == LimitsReading(None, None, None, 268435456, None, 536870912)
 
 
-def test_descriptors_are_kept_up_to_the_budget_and_given_back(tmp_path: Path) -> None:
+def test_descriptors_are_kept_up_to_the_budget_and_released(tmp_path: Path) -> None:
     budget = DescriptorBudget(3)
     hierarchies = trees.make_v2(tmp_path, PATH)
     first = Cgroup(PATH, hierarchies, budget)
@@ -229,7 +229,7 @@ def test_a_file_longer_than_one_read_is_whole(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2**64 - 1)), max_size=8))
-def test_fields_are_right_whatever_the_layout_was_before(contents: list[dict[str, int]]) -> None:
+def test_fields_are_right_after_any_other_layout(contents: list[dict[str, int]]) -> None:
     fields = Fields("b", "e", "h")
     for values in contents:
         content = "".join(f"{key} {value}\n" for key, value in values.items()).encode()

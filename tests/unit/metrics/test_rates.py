@@ -47,7 +47,9 @@ def test_asking_often_does_not_shorten_the_window() -> None:
 
 
 @pytest.mark.parametrize(("back", "then"), [((10_002, 0), (10_003, 0.25)), ((6_402, 102), (6_403, 102.25))])
-def test_a_counter_or_a_clock_that_went_back_starts_anew(back: tuple[float, float], then: tuple[float, float]) -> None:
+def test_a_decreasing_counter_or_clock_starts_a_new_window(
+    back: tuple[float, float], then: tuple[float, float]
+) -> None:
     window = CpuWindow()
     window.add(usage(10_000, 100))
     assert window.add(usage(10_001, 101)) == SECOND

@@ -133,7 +133,7 @@ async def test_silent_clients_do_not_keep_others_out() -> None:
             writer.close()
 
 
-async def test_those_who_do_not_take_their_answers_keep_nobody_out_and_no_memory() -> None:
+async def test_clients_that_do_not_read_block_no_others_and_use_no_memory() -> None:
     made = 0
     all_made = asyncio.Event()
 

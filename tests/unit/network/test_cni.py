@@ -141,7 +141,7 @@ def test_any_other_content_is_refused(content: bytes) -> None:
         ),
     )
 )
-def test_nothing_but_a_clear_refusal_comes_of_odd_values(content: dict[str, Any]) -> None:
+def test_odd_values_are_refused_by_path(content: dict[str, Any]) -> None:
     try:
         parse(json.dumps(content).encode(), _PATH)
     except InvalidArgumentError as error:

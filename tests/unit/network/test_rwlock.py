@@ -32,7 +32,7 @@ async def test_readers_share_the_lock_and_a_writer_is_alone() -> None:
     assert set(alone) == {0}
 
 
-async def test_a_cancelled_writer_lets_readers_in_again() -> None:
+async def test_readers_continue_after_a_writer_is_cancelled() -> None:
     lock = RWLock()
     async with lock.reading():
         closer = asyncio.create_task(lock.writing().__aenter__())

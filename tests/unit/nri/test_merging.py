@@ -160,6 +160,6 @@ def test_hooks_of_several_plugins_add_up(merging: Merging) -> None:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(merging: Merging, given: Adjustment, reason: str) -> None:
+def test_invalid_adjustments_are_refused(merging: Merging, given: Adjustment, reason: str) -> None:
     with pytest.raises(InvalidArgumentError, match=reason):
         merging.add("10-first", given)

@@ -136,7 +136,7 @@ async def test_a_plugin_registers_is_configured_and_answers(agent: Agent) -> Non
     assert not agent.plugin.closed
 
 
-async def test_a_plugin_without_a_call_of_its_own_gets_the_state_change(agent: Agent) -> None:
+async def test_a_plugin_without_the_specific_call_gets_the_state_change(agent: Agent) -> None:
     seen: list[tuple[int, str]] = []
 
     class Old(stub.Plugin):

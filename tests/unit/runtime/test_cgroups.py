@@ -47,7 +47,7 @@ def test_what_is_no_path_is_refused_by_the_cgroupfs_driver(parent: str, tmp_path
         tree("cgroupfs", tmp_path).validate_parent(parent)
 
 
-def test_slices_lie_in_those_that_their_name_begins_with() -> None:
+def test_slices_are_below_the_slices_of_their_prefix() -> None:
     assert slice_path("a-b-c.slice") == "/a.slice/a-b.slice/a-b-c.slice"
     assert slice_path("-.slice") == ""
 

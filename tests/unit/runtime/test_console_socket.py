@@ -35,7 +35,7 @@ def test_the_master_of_a_terminal_is_taken(console: ConsoleSocket, sender: socke
         os.close(descriptor)
 
 
-def test_who_connects_and_sends_nothing_is_not_waited_for(console: ConsoleSocket, sender: socket.socket) -> None:
+def test_silent_clients_are_not_waited_for(console: ConsoleSocket, sender: socket.socket) -> None:
     with pytest.raises(PodkeelError, match="not pass a terminal"):
         console.terminal()
 

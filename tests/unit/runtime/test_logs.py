@@ -7,7 +7,7 @@ from pathlib import Path
 from runtime.logs import LogLink
 
 
-def test_a_log_is_not_taken_for_opened_before_conmon_has_renamed_the_link(tmp_path: Path) -> None:
+def test_a_log_counts_as_opened_only_after_conmon_renamed_the_link(tmp_path: Path) -> None:
     link = LogLink(tmp_path)
     for name in ("log-first", "log-second"):
         link.lead_next_to(tmp_path / name)

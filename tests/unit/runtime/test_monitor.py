@@ -103,7 +103,7 @@ def test_a_conmon_that_cannot_be_named_is_ended(
     asyncio.run(asyncio.wait_for(body(), 60))
 
 
-def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
+def test_a_conmon_whose_container_is_unknown_is_ended(
     tmp_path: Path, others: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = processes.start_time

@@ -66,7 +66,7 @@ def test_a_copy_that_is_open_for_writing_is_not_executed_and_this_is_reported(se
     assert _output(sealed.path()) == "first word\n"
 
 
-def test_a_replaced_original_is_copied_anew(sealed: SealedProgram, original: Path) -> None:
+def test_a_replaced_original_is_copied_again(sealed: SealedProgram, original: Path) -> None:
     assert _output(sealed.path()) == "first word\n"
     descriptors = _descriptors()
     _script(original, "second")

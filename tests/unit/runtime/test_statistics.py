@@ -25,7 +25,7 @@ def container() -> Container:
     return Container("c" * 64, cast(Sandbox, None), cri_pb2.ContainerConfig(), record, ContainerFolder(Path("/run/c")))
 
 
-def test_processor_time_stands_for_what_may_have_changed(container: Container, tmp_path: Path) -> None:
+def test_processor_time_is_known_only_with_a_private_pid_namespace(container: Container, tmp_path: Path) -> None:
     hierarchies = trees.make_v2(tmp_path, container.record.cgroup)
     meters, unused = Meters(hierarchies), cast(Any, SimpleNamespace(writable=None))
     of_node = Statistics(unused, CgroupTree(2, "cgroupfs"), meters, unused, tmp_path)

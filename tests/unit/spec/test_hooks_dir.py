@@ -197,6 +197,6 @@ def test_annotations_of_pod_and_container_count(hooks: HooksDir, write: Write, t
     assert [hook.args for hook in (*spec.hooks.prestart, *spec.hooks.poststop)] == [["true", "a.json"]] * 2
 
 
-def test_folders_that_are_not_there_have_no_hooks(hooks: HooksDir) -> None:
+def test_missing_folders_have_no_hooks(hooks: HooksDir) -> None:
     assert given(hooks) == []
     assert hooks.problems == {}

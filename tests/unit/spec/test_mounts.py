@@ -283,7 +283,7 @@ def bound(destination: str, source: Path | str) -> oci.Mount:
     return oci.Mount(destination=destination, type="bind", source=str(source))
 
 
-def test_kernel_folders_come_last_where_a_volume_lies_in_another_one(tmp_path: Path) -> None:
+def test_kernel_folders_come_last_with_a_volume_inside_another(tmp_path: Path) -> None:
     (tmp_path / "rootfs").mkdir()
     volumes = [
         cri_pb2.Mount(container_path=path, host_path=str(tmp_path))

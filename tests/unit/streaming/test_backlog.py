@@ -53,7 +53,7 @@ async def test_a_full_one_has_room_again_once_half_of_it_is_taken() -> None:
     assert await waiting
 
 
-async def test_who_takes_too_little_of_a_full_one_is_given_up() -> None:
+async def test_clients_that_read_too_slowly_are_disconnected() -> None:
     backlog = Backlog(limit=200_000, patience=0.05)
     for _ in range(4):
         backlog.add(2, bytes(65_536))

@@ -1,4 +1,4 @@
-"""Documents, docstrings, comments, log lines and error messages use the usual words and short sentences."""
+"""Documents, docstrings, comments, log lines, errors and names of tests use the usual words and short sentences."""
 
 from __future__ import annotations
 
@@ -173,6 +173,16 @@ def test_documents_use_the_usual_words() -> None:
 def test_docstrings_comments_logs_and_errors_use_the_usual_words(room: str) -> None:
     modules = [path for path in sources() if path.relative_to(ROOT).parts[0] == room]
     assert [complaint for path in modules for complaint in unusual(path, texts(path))] == []
+
+
+def test_comments_of_protocols_use_the_usual_words() -> None:
+    """``.proto`` files: a comment is all that a client's author reads of a call."""
+    paths = sorted((ROOT / "proto").rglob("*.proto"))
+    assert len(paths) > 4
+    for path in paths:
+        lines = [line.partition("//") for line in path.read_text().splitlines()]
+        found = [(number, words) for number, (_, mark, words) in enumerate(lines, 1) if mark]
+        assert unusual(path, iter(found)) + long_sentences(path, iter(found)) == []
 
 
 def test_names_of_tests_use_the_usual_words() -> None:

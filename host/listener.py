@@ -14,6 +14,8 @@ import socket
 import ssl
 from collections.abc import Callable
 
+from host.errors import InvalidArgumentError
+
 # Connections that are accepted in one turn of the loop. Data of earlier connections is read between two turns.
 _ACCEPTS_AT_ONCE = 32
 # Seconds until the next try if no descriptor is left.
@@ -165,6 +167,35 @@ class Listener:
         loop.remove_reader(listening)
         again = loop.call_later(_RETRY_SECONDS, loop.add_reader, listening, self._accept, listening)
         self._retries[listening] = again
+
+
+def tls_context(subject: str, certificate: str, key: str, client_ca: str) -> ssl.SSLContext | None:
+    """The TLS context of a server with these PEM files; None if no file is given. With ``client_ca``, clients need a
+    certificate that it has signed. Raises InvalidArgumentError, whose message begins with ``subject``.
+    """
+    if not certificate and not key:
+        if client_ca:
+            raise InvalidArgumentError(
+                f"{subject}: tls_client_ca is only of use with a certificate and a key: give both too"
+            )
+        return None
+    if not certificate or not key:
+        raise InvalidArgumentError(f"{subject}: tls_certificate and tls_key belong together: give both, or neither")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgumentError(
+            f"{subject}: certificate {certificate} with key {key} cannot be used: {error}"
+        ) from error
+    if client_ca:
+        try:
+            context.load_verify_locations(client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidArgumentError(f"{subject}: tls_client_ca {client_ca} cannot be used: {error}") from error
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _listening(family: int, address: tuple[object, ...]) -> socket.socket:

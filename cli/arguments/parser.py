@@ -79,6 +79,20 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         action="store_true",
         help="if the store is missing, empty or damaged, start from its copy and the run folder",
     )
+    parser = commands.add(
+        "serve-images",
+        "agent.serve_images:serve_images",
+        "serve the images of this node to other nodes, as a mirror of their registries",
+        "It runs beside the agent until SIGTERM. Other nodes name it in hosts.toml (docs/images.md).",
+    )
+    parser.add_argument("--listen", metavar="HOST:PORT", required=True, help="address to listen on")
+    parser.add_argument("--token-file", metavar="FILE", default="", help="tokens of clients, one a line")
+    parser.add_argument("--anonymous", action="store_true", help="no token is needed: everybody gets every image")
+    parser.add_argument("--pull", action="store_true", help="have the agent pull images that are missing")
+    group = parser.add_argument_group("TLS", "PEM files; with the first two, images are served over HTTPS.")
+    group.add_argument("--tls-cert", metavar="FILE", default="", help="certificate of this node")
+    group.add_argument("--tls-key", metavar="FILE", default="", help="its key")
+    group.add_argument("--tls-client-ca", metavar="FILE", default="", help="clients need a certificate signed by it")
     parser = commands.add("config", "agent.config:config", "print every effective value and its source")
     parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")
     parser = commands.add(

@@ -12,7 +12,8 @@ import grpc
 from cri.config.options import DEFAULT_METRICS_ADDRESS, MetricsOptions
 from cri.methods import Call
 from cri.telemetry import node_metrics
-from host.errors import InvalidArgumentError, UnavailableError
+from host.errors import UnavailableError
+from host.listener import tls_context
 from host.stages import observed_by
 from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG
@@ -123,31 +124,7 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Mon
 
 def server_tls(options: MetricsOptions) -> ssl.SSLContext | None:
     """The TLS context made from the options' files; None without files. Raises InvalidArgumentError."""
-    if not options.tls_certificate and not options.tls_key:
-        if options.tls_client_ca:
-            raise InvalidArgumentError(
-                "metrics: tls_client_ca is only of use with a certificate and a key: give both too"
-            )
-        return None
-    if not options.tls_certificate or not options.tls_key:
-        raise InvalidArgumentError("metrics: tls_certificate and tls_key belong together: give both, or neither")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(options.tls_certificate, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidArgumentError(
-            f"metrics: certificate {options.tls_certificate} with key {options.tls_key} cannot be used: {error}"
-        ) from error
-    if options.tls_client_ca:
-        try:
-            context.load_verify_locations(options.tls_client_ca)
-        except (OSError, ssl.SSLError) as error:
-            raise InvalidArgumentError(
-                f"metrics: tls_client_ca {options.tls_client_ca} cannot be used: {error}"
-            ) from error
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    return tls_context("metrics", options.tls_certificate, options.tls_key, options.tls_client_ca)
 
 
 def _routes(metrics: AgentMetrics, agent: Agent) -> Mapping[str, Route]:

@@ -66,8 +66,11 @@ class Registry:
 
 
 @contextlib.contextmanager
-def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registry]:
-    """Start a registry with an empty store. ``auth`` is the YAML of its ``auth`` section."""
+def run_registry(*, auth: str = "", authorization: str = "", prefix: tuple[str, ...] = ()) -> Iterator[Registry]:
+    """Start a registry with an empty store. ``auth`` is the YAML of its ``auth`` section.
+
+    ``prefix`` are the words before its command, which for example enter a namespace.
+    """
     folder = Path(tempfile.mkdtemp(prefix="podkeel-registry-"))
     port = free_port()
     config = folder / "config.yml"
@@ -76,7 +79,7 @@ def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registr
         f"  cache: {{blobdescriptor: inmemory}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n{auth}"
     )
     process = subprocess.Popen(
-        ["docker-registry", "serve", str(config)],
+        [*prefix, "docker-registry", "serve", str(config)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

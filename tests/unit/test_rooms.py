@@ -30,7 +30,7 @@ ARROWS = {
     "cli": {"host", "proto", "cri"},
 }
 # The commands that are the agent, or are about its host: the others are clients and never load the server.
-AGENT_COMMANDS = {"cli/agent/serve.py", "cli/agent/config.py", "cli/agent/check.py", "cli/agent/reset.py"}
+AGENT_COMMANDS = {f"cli/agent/{name}.py" for name in ("serve", "serve_images", "config", "check", "reset")}
 # The commands that open streams use the SPDY machine of the streaming server, which loads nothing of the agent.
 STREAM_COMMANDS = {"cli/streams/client.py", "cli/streams/remote_command.py", "cli/streams/port_forward.py"}
 STREAM_MODULES = {f"cri.streaming.httpstream.{name}" for name in ("channel", "connection", "descriptors", "spdy_link")}
@@ -43,8 +43,8 @@ PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 # lines above its line. The modules of SPLIT_FOLDERS are listed one by one.
 LEVELS = {
     "host": (
-        "errors libc listener quantities systemd untrusted_json",
-        "concurrency files kept_rows scheduling seccomp stages",
+        "errors libc quantities systemd untrusted_json",
+        "concurrency files kept_rows listener scheduling seccomp stages",
         "cgroups children database",
         "database_copy processes",
         "subreaper",
@@ -70,7 +70,7 @@ LEVELS = {
         "unpack",
         "layers",
         "disk_usage image_rows outgoing snapshots",
-        "archives registry store",
+        "archives registry serving store",
         "checker exporter puller",
         "images",
     ),
@@ -95,7 +95,7 @@ LEVELS = {
         "activation config connections enums errors kernel_check service_reports streaming/httpstream version",
         "host_check methods streaming",
         "stream_backend telemetry",
-        "observation reload reset",
+        "image_server observation reload reset",
         "services",
         "server",
     ),

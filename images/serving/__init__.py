@@ -1,0 +1,1 @@
+"""Serves the images of this node to other nodes, with the read-only part of the OCI distribution API."""

@@ -24,7 +24,7 @@ from images.oci import digests
 from images.oci.manifests import MANIFEST_TYPES, MAX_MANIFEST_BYTES, OCI_INDEX, Descriptor
 from images.oci.reference import Reference
 from images.options import ImageOptions
-from images.registry.bodies import BodyError, collect, decoded, encoding_of
+from images.registry.bodies import ENCODINGS, BodyError, collect, decoded, decoded_blob, encoding_of
 from images.registry.connection import ConnectedHost, RegistryConnection, UnreachableError, credentials_of
 from images.registry.credentials import Credentials
 from images.registry.http import RateWatch, back_off, body_of, first_byte, reason_of, without_first
@@ -33,7 +33,7 @@ _log = logging.getLogger("podkeel.images")
 
 _PROGRESS = 1 << 20  # bytes; a transfer that brought so many before it broke resets the count of failures
 # Statuses that hosts send for a request with Range, without transient server errors and refused access.
-_ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
+_ANSWERS_TO_RANGES = (200, 203, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
 # What registries may answer to a call that they do not know.
 _ANSWERS_TO_NEW_CALLS = (200, 400, 404, 405, 406, 410, 415, 501)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
@@ -158,7 +158,7 @@ class RegistryClient:
                 open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
                 with self._rate.waiting():
                     response, first = await self._first("pull", open_here)
-                watched = self._rate.watched(body_of(response, self._options.stall_seconds))
+                watched = self._rate.watched(self._body_of(response, descriptor, first))
                 async with contextlib.aclosing(without_first(watched, received - first)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
@@ -169,6 +169,8 @@ class RegistryClient:
                     return
                 raise aiohttp.ClientPayloadError(f"{received} of {descriptor.size} bytes were received")
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                if received >= descriptor.size:
+                    return  # only the end of the response is missing
                 failures = 1 if received - begin >= _PROGRESS else failures + 1
                 if failures >= self._options.attempts:
                     raise KubeletReasonError(
@@ -181,6 +183,14 @@ class RegistryClient:
                 )
                 with self._rate.waiting():
                     await back_off(failures)
+
+    def _body_of(
+        self, response: aiohttp.ClientResponse, descriptor: Descriptor, first: int
+    ) -> AsyncGenerator[bytes, None]:
+        body = body_of(response, self._options.stall_seconds)
+        if not _is_encoded(response, descriptor.size - first):
+            return body
+        return decoded_blob(body, encoding_of(response), descriptor.media_type)
 
     def _check_rate(self, descriptor: Descriptor, response: aiohttp.ClientResponse) -> None:
         slow = self._rate.too_slow()
@@ -261,13 +271,16 @@ class RegistryClient:
         failures = 0
         while True:
             response = await self._connection.request(host, "GET", wanted.path, wanted.headers)
+            received = bytearray()
+            digest = wanted.digest or _reported_digest(response)
             try:
-                content = await collect(response, self._watched(response), wanted.limit)
-                digest = wanted.digest or _reported_digest(response)
+                content = await collect(response, self._watched(response), wanted.limit, received)
                 return await _unencoded(content, encoding_of(response), digest, wanted), response
             except BodyError as error:
                 raise InvalidArgumentError(f"{wanted.subject} is {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                if digest and await _has_digest(bytes(received), digest):
+                    return bytes(received), response  # only the end of the response is missing
                 failures += 1
                 if failures >= self._options.attempts:
                     raise UnreachableError(f"{wanted.subject}: transfer interrupted: {reason_of(error)}") from error
@@ -294,8 +307,10 @@ class RegistryClient:
             headers = {"Range": f"bytes={offset}-"}
             response = await self._connection.request(host, "GET", path, headers, good=_ANSWERS_TO_RANGES)
             first = first_byte(response)
-            if response.status in (200, 206) and first is not None and first <= offset:
-                return response, first
+            usable = response.status in (200, 203, 206) and first is not None and first <= offset
+            # A range of an encoded body is not one of the blob.
+            if usable and not (response.status == 206 and _is_encoded(response, descriptor.size - (first or 0))):
+                return response, first or 0
             reported = response.headers.get("Content-Range", "no Content-Range")
             response.close()
             _log.info(
@@ -303,10 +318,15 @@ class RegistryClient:
                 *(descriptor.digest, host.config.address, offset, response.status, reported[:100]),
             )
         response = await self._connection.request(host, "GET", path, {})
-        if first_byte(response) != 0:
+        if first_byte(response):  # some hosts answer 206 to any request, then without Content-Range
             response.close()
             raise UnreachableError(f"blob {descriptor.digest} was requested as a whole, but a part of it was received")
         return response, 0
+
+
+def _is_encoded(response: aiohttp.ClientResponse, size: int) -> bool:
+    """Whether the body has a Content-Encoding that this client decodes, and not ``size`` bytes as it is."""
+    return encoding_of(response) in ENCODINGS and response.content_length != size
 
 
 def _reported_digest(response: aiohttp.ClientResponse) -> str:
@@ -315,12 +335,16 @@ def _reported_digest(response: aiohttp.ClientResponse) -> str:
     return reported if digests.is_digest(reported) else ""
 
 
+async def _has_digest(content: bytes, digest: str) -> bool:
+    return await in_image_thread(digests.digest_of, content, digest) == digest
+
+
 async def _unencoded(content: bytes, encoding: str, digest: str, wanted: _Document) -> bytes:
     """The content with that digest: as received, or with its Content-Encoding decoded.
 
     Some hosts declare compressed files as encoded although they are not.
     """
-    if encoding and not (digest and await in_image_thread(digests.digest_of, content, digest) == digest):
+    if encoding and not (digest and await _has_digest(content, digest)):
         content = await decoded(content, encoding, wanted.limit)
     if digest:
         await in_image_thread(digests.verify, content, digest, wanted.subject)

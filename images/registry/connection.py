@@ -27,6 +27,7 @@ from images.registry.name_lookup import NameLookup
 from images.registry.redirects import Body, Origin, Sending, follow, origin_of
 
 _CHUNK = 256 << 10
+_LONGEST_HEADER = 64 << 10  # bytes; the addresses of some storage services are longer than aiohttp's 8 KiB
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
 _NO_GET = frozenset((404, 405, 501))  # statuses of token servers that only accept POST
 
@@ -80,6 +81,8 @@ class RegistryConnection:
             auto_decompress=False,
             headers={"User-Agent": "podkeel", "Accept-Encoding": "identity"},
             read_bufsize=_CHUNK,
+            max_line_size=_LONGEST_HEADER,
+            max_field_size=_LONGEST_HEADER,
         )
         return self
 
@@ -96,7 +99,7 @@ class RegistryConnection:
         *,
         query: str = "",
         body: Body | None = None,
-        good: tuple[int, ...] = (200, 206),
+        good: tuple[int, ...] = (200, 203, 206),
     ) -> aiohttp.ClientResponse:
         """Send one request about the repository, with retries. The response has one of the ``good`` statuses.
 

@@ -18,6 +18,7 @@ from host import untrusted_json
 from host.errors import InvalidArgumentError
 from images.oci.reference import DEFAULT_DOMAIN
 from images.options import ImageOptions
+from images.registry.redirects import origin_of
 
 DOCKER_HUB = "registry-1.docker.io"
 _ALL = frozenset(("pull", "resolve", "push"))
@@ -117,9 +118,14 @@ def hosts_for(domain: str, options: ImageOptions) -> list[RegistryHost]:
     for address, table in tables.items():
         host = _host(address, table, place, mirror=True)
         # The file may list the registry itself, to set its options. Then it is no mirror.
-        itself = host.address in (domain, default.address) or host.base == own.base
+        itself = host.address in (domain, default.address) or _same(host, default) or _same(host, own)
         hosts.append(replace(host, mirror=not itself))
-    return hosts if any(host.base == own.base for host in hosts) else [*hosts, own]
+    return hosts if any(_same(host, own) for host in hosts) else [*hosts, own]
+
+
+def _same(one: RegistryHost, other: RegistryHost) -> bool:
+    """Whether both are one address, which may name its default port."""
+    return origin_of(one.base) == origin_of(other.base) and urlsplit(one.base).path == urlsplit(other.base).path
 
 
 def is_loopback(domain: str) -> bool:

@@ -8,6 +8,7 @@ import email.utils
 import gzip
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,16 @@ from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError
 from images.oci.manifests import DOCKER_CONFIG, DOCKER_LIST, DOCKER_MANIFEST
 from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
-from tests.support.image_builder import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, descriptor, digest_of
+from tests.support.image_builder import (
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+    descriptor,
+    digest_of,
+    entry,
+    make_tar,
+)
 from tests.support.scripted_registry import Answer, Request, ScriptedRegistry, run_scripted_registry, small_image
 
 SECRET = Credentials(username="user", password="secret")
@@ -55,6 +65,32 @@ def bare(answer: Answer) -> Answer:
     return dataclasses.replace(answer, content_type="", headers={})
 
 
+def encoded(answer: Answer) -> Answer:
+    assert isinstance(answer.body, bytes)
+    return dataclasses.replace(
+        answer, body=gzip.compress(answer.body), headers={**answer.headers, "Content-Encoding": "gzip"}
+    )
+
+
+def unfinished(answer: Answer) -> Answer:
+    """Everything is sent, but neither the last chunk nor the end of the response."""
+    assert isinstance(answer.body, bytes)
+    framed = [b"%x\r\n%s\r\n" % (len(answer.body), answer.body)]
+    return dataclasses.replace(answer, body=framed, headers={**answer.headers, "Transfer-Encoding": "chunked"})
+
+
+def non_authoritative(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, status=203)
+
+
+def always_partial(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, status=206)
+
+
+def long_headers(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, headers={**answer.headers, "Content-Security-Policy": "x" * 30_000})
+
+
 def guarded(answer: Answer, challenges: str | list[str], authorization: str) -> Callable[[Request], Answer]:
     refusal = Answer(b"{}", status=401, headers={"WWW-Authenticate": challenges})
     return lambda request: answer if request.headers.get("Authorization") == authorization else refusal
@@ -65,12 +101,69 @@ def last(answers: list[Answer]) -> Callable[[Request], Answer]:
     return lambda request: answers.pop(0) if len(answers) > 1 else answers[0]
 
 
-@pytest.mark.parametrize("form", [chunked, old, bare])
+FORMS = [
+    chunked,
+    old,
+    bare,
+    encoded,
+    lambda answer: chunked(encoded(answer)),
+    unfinished,
+    non_authoritative,
+    always_partial,
+    long_headers,
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=range(len(FORMS)))
 async def test_other_forms_of_answers(node: Node, scripted: ScriptedRegistry, form: Callable[[Answer], Answer]) -> None:
     name = scripted.offer_image("forms")
     every_answer(scripted, form)
     image = await node.puller.pull(name)
     assert (await node.puller.pull(name)).id == image.id, "the second pull asks by HEAD"
+
+
+async def test_layers_declared_as_encoded_that_are_not(node: Node, scripted: ScriptedRegistry) -> None:
+    """Without a length, only the kind of the layer shows it."""
+    manifest, kind, (config, layer) = small_image()
+    compressed = gzip.compress(layer)
+    document = {**json.loads(manifest), "layers": [descriptor(f"{OCI_LAYER}+gzip", compressed)]}
+    name = scripted.offer("declared", json.dumps(document).encode(), kind, config, compressed)
+    path = f"/v2/declared/blobs/{digest_of(compressed)}"
+    answer = scripted.answers[path]
+    assert isinstance(answer, Answer)
+    scripted.answers[path] = chunked(dataclasses.replace(answer, headers={"Content-Encoding": "gzip"}))
+    await node.puller.pull(name)
+
+
+async def test_an_interrupted_encoded_layer_is_requested_from_its_start(node: Node, scripted: ScriptedRegistry) -> None:
+    layer = make_tar([entry("random", random.Random(0).randbytes(200_000))])
+    config = {"rootfs": {"type": "layers", "diff_ids": [digest_of(layer)]}}
+    manifest, kind, (encoded_config, _) = small_image(config, layers=[descriptor(OCI_LAYER, layer)])
+    name = scripted.offer("cut", manifest, kind, encoded_config, layer)
+    path, whole = f"/v2/cut/blobs/{digest_of(layer)}", gzip.compress(layer)
+    headers = {"Content-Encoding": "gzip"}
+
+    def answer(request: Request) -> Answer:
+        begin = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if begin:
+            extent = {"Content-Range": f"bytes {begin}-{len(whole) - 1}/{len(whole)}"}
+            return Answer(whole[begin:], status=206, headers={**headers, **extent})
+        if len(scripted.requests(path)) == 1:
+            return Answer([whole[:100_000]], headers={**headers, "Content-Length": str(len(whole))})
+        return Answer(whole, headers=headers)
+
+    scripted.answers[path] = answer
+    await node.puller.pull(name)
+    assert ["Range" in request.headers for request in scripted.requests(path)] == [False, True, False]
+
+
+async def test_a_redirect_to_a_long_address(node: Node, scripted: ScriptedRegistry) -> None:
+    name = scripted.offer_image("far")
+    path = next(path for path in scripted.answers if "/blobs/" in path)
+    scripted.answers["/storage"] = scripted.answers[path]
+    scripted.answers[path] = Answer(status=307, headers={"Location": f"/storage?signature={'s' * 12_000}"})
+    await node.puller.pull(name)
+    assert scripted.requests("/storage")
 
 
 async def test_an_interrupted_old_answer_is_requested_again(node: Node, scripted: ScriptedRegistry) -> None:

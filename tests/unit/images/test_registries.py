@@ -308,6 +308,9 @@ def test_the_registry_among_its_own_hosts_is_no_mirror(tmp_path: Path) -> None:
     assert (mirror.mirror, own.mirror, own.skip_verify) == (True, False, True)
     write(tmp_path, "docker.io", '[host."https://registry-1.docker.io"]\n[host."http://docker.io"]')
     assert [host.mirror for host in hosts_for("docker.io", options(tmp_path))] == [False, False]
+    write(tmp_path, "port.example", '[host."https://port.example:443"]\nskip_verify = true')
+    (own,) = hosts_for("port.example", options(tmp_path))
+    assert (own.mirror, own.skip_verify) == (False, True)
     write(
         tmp_path, "b.example", 'server = "https://up.example"\n[host."https://up.example"]\n[host."http://b.example"]'
     )

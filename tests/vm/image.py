@@ -119,7 +119,9 @@ def make_source_disk(disk: Path, project: Path, scratch: Path, *, committed: boo
         _run(["git", "clone", "--quiet", "--shared", project, tree / "project"])
         shutil.rmtree(tree / "project/.git")
         _copy(project / ".venv", tree / "project/.venv", ())
-        for stub in (project / "proto").rglob("*_pb2*"):
+        for stub in (project / "proto").rglob("*_pb2*.py*"):
+            if stub.parent.name == "__pycache__":  # it does not exist in the copy, which is compiled below
+                continue
             shutil.copy(stub, tree / "project" / stub.relative_to(project))
     else:
         _copy(project, tree / "project", _NOT_COPIED)

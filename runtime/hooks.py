@@ -36,8 +36,7 @@ class Hooks:
     async def concurrently(self, work: Awaitable[None], notification: Coroutine[Any, Any, None]) -> None:
         """Await ``work`` and ``notification``, the call of a hook that raises nothing. They may run concurrently.
 
-        ``notification`` begins once ``work`` waits for something. Returns when both have ended. Raises the error of
-        ``work``.
+        Either may begin first. Returns when both have ended. Raises the error of ``work``.
         """
         try:
             await work
@@ -80,6 +79,9 @@ class Hooks:
 
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """A sandbox is about to be deleted. Called once."""
+
+    def describe(self, container: Container, draft: Draft) -> None:
+        """Prepare ``create_container`` of this draft. A thread may call this."""
 
     async def no_plugin_adjusts(self, container: Container) -> bool:
         """Whether ``create_container`` is not needed, because no plugin wants to adjust the container."""

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import TypeVar
 
 from host.concurrency.tasks import uninterrupted
@@ -14,6 +15,9 @@ from host.concurrency.thread_starting import start_thread
 from host.errors import LimitError, PodkeelError, UnavailableError
 
 T = TypeVar("T")
+Body = Callable[[], None]
+Begin = Callable[[Body, Callable[[LimitError], object]], None]
+"""Runs a body in a thread. If no thread can be started, the second argument is called in another thread."""
 
 PATIENCE_SECONDS = 1.0
 
@@ -64,6 +68,11 @@ class Permission:
             return self._stepping
 
 
+def in_new_thread(body: Body, failed: Callable[[LimitError], object]) -> None:
+    """Run ``body`` in a new thread."""
+    start_thread(body, name="abandonable", failed=failed)
+
+
 class AbandonableThreads:
     """Runs each piece of work in its own thread. At most ``most`` abandoned threads may hang in the kernel."""
 
@@ -71,8 +80,8 @@ class AbandonableThreads:
         self._most = most
         self._hanging = 0
 
-    async def run(self, subject: str, work: Callable[[Permission], T]) -> T:
-        """Run ``work`` and wait for it.
+    async def run(self, subject: str, work: Callable[[Permission], T], begin: Begin = in_new_thread) -> T:
+        """Run ``work`` and wait for it. ``begin`` has the thread.
 
         A cancelled caller waits for the end of a running step, and then one second at most. After that the thread is
         abandoned. If the kernel returns to it, it makes no further step, and its result is dropped. Raises
@@ -100,7 +109,7 @@ class AbandonableThreads:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_Outcome(None, error).settle, future)
 
-        start_thread(body, name="abandonable", failed=failed)
+        begin(body, failed)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -123,6 +132,36 @@ class AbandonableThreads:
     def _returned(self, future: asyncio.Future[T]) -> None:
         self._hanging -= 1
         future.exception()
+
+
+class OneThread:
+    """A thread for several pieces of work, one after the other, so that the later ones need not wait for a thread.
+
+    Pass ``begin`` to ``AbandonableThreads.run`` inside of ``with``. The thread ends after the block, or once the kernel
+    returns to it.
+    """
+
+    def __init__(self) -> None:
+        self._bodies: SimpleQueue[Body | None] = SimpleQueue()
+        self._started = False
+
+    def __enter__(self) -> OneThread:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bodies.put(None)
+
+    def begin(self, body: Body, failed: Callable[[LimitError], object]) -> None:
+        """Run ``body`` once the work before it has ended."""
+        self._bodies.put(body)
+        if not self._started:
+            self._started = True
+            in_new_thread(self._serve, failed)
+
+    def _serve(self) -> None:
+        while (body := self._bodies.get()) is not None:
+            body()
+            del body
 
 
 class _Outcome:

@@ -74,14 +74,14 @@ class ContainerStart:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
         async with hooks.sync_blocked():
-            written = self._write_start(container, started_at, operation)
+            container.record.started_at = started_at
+            written = self._write_start(container, operation)
             await hooks.concurrently(written, hooks.started_container(container, operation))
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
         _log.info("%s: started", container.title, extra=of_container(container, operation))
 
-    async def _write_start(self, container: Container, started_at: int, operation: Operation) -> None:
+    async def _write_start(self, container: Container, operation: Operation) -> None:
         async with operation.stage("commit"):
-            container.record.started_at = started_at
             await self._state.move(container, ContainerState.RUNNING)
 
     async def _start_in_runtime(self, container: Container) -> None:

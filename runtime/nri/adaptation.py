@@ -78,6 +78,7 @@ class Adaptation:
         self._options = options
         self._node = node
         self._plugins: list[Plugin] = []
+        self._wanted = 0  # the events that any of them wants, or wanted before it turned out to have no method for it
         self._unregistered: set[Plugin] = set()
         self._backoff = Backoff()
         self._lock = RWLock()
@@ -100,7 +101,12 @@ class Adaptation:
 
     def wants(self, event: EventCall[Any]) -> bool:
         """Whether any plugin asked for an event."""
-        return any(plugin.wants(event.number) for plugin in self._plugins)
+        return bool(self._wanted >> (event.number - 1) & 1)
+
+    def _count_events(self) -> None:
+        self._wanted = 0
+        for plugin in self._plugins:
+            self._wanted |= plugin.events
 
     def new_trunk(
         self, config: str = "", name: str = "", index: str = "", closed: Callable[[], None] | None = None
@@ -158,6 +164,7 @@ class Adaptation:
                 if not plugin.closed:
                     self._plugins.append(plugin)
                     self._plugins.sort(key=lambda other: (other.index, other.name))
+                    self._count_events()
                     plugin.admitted_at = time.time_ns()
                     _log.info("nri: plugin %s: connected: events %#x", plugin.title, plugin.events)
             await updates.carry_out(self._node)
@@ -186,6 +193,7 @@ class Adaptation:
         plugin.close(why)
         if plugin in self._plugins:
             self._plugins.remove(plugin)
+            self._count_events()
             self.note_gone(plugin.title, plugin.closed)
             _log.warning("nri: plugin %s: gone: %s", plugin.title, plugin.closed)
 
@@ -283,9 +291,9 @@ class Adaptation:
         ``subject`` names the container in errors. Each plugin is added to ``called`` before it is called. Raises
         ConflictError when two plugins set the same field, and PodkeelError when a plugin refuses the container.
         """
-        container_id, original = request.container.id, nri_pb2.Container()
-        if validated := self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):
-            original.CopyFrom(request.container)
+        container_id, original = request.container.id, b""
+        if validates := self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):
+            original = request.container.SerializeToString()
         asked = called if called is not None else []
         merging, updates = Merging(request.container, Owners(subject)), Updates(making=container_id)
         saw: list[nri_pb2.PluginInstance] = []
@@ -298,26 +306,26 @@ class Adaptation:
                 if not plugin.closed:  # a plugin that disconnected during the call may not have answered
                     saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
-            if validated:
+            if validates:
                 changes = nri_pb2.ValidateContainerAdjustmentRequest(
-                    pod=request.pod,
-                    container=original,
                     adjust=merging.adjustment,
                     update=[update for update, _ in updates.updates()],
                     owners=nri_pb2.OwningPlugins(owners={container_id: owners}),
                     plugins=saw,
                 )
-                await self._validate(changes, subject, operation)
+                validated = EventRequest(request.pod.SerializeToString(), original, changes.SerializeToString())
+                await self._validate(validated, subject, operation)
         return Creation(merging.adjustment, owners, merging.container, updates)
 
     async def _validate(
         self,
-        request: nri_pb2.ValidateContainerAdjustmentRequest,
+        request: EventRequest,
         subject: str,
         operation: Operation | None,
     ) -> None:
         """Call the agent's own validator, then the validators of all plugins at the same time."""
-        validator.check(request, self._options.default_validator, subject)
+        if (own := self._options.default_validator).enabled:
+            validator.check(nri_pb2.ValidateContainerAdjustmentRequest.FromString(request.encoded), own, subject)
         validators = list(self._asked(VALIDATE_CONTAINER_ADJUSTMENT, None))
         asking = [self._ask(plugin, VALIDATE_CONTAINER_ADJUSTMENT, request, operation) for plugin in validators]
         answers = await asyncio.gather(*asking) if len(asking) > 1 else [await one for one in asking]
@@ -371,6 +379,7 @@ class Adaptation:
         for plugin in [*self._plugins, *self._unregistered]:
             plugin.close("the agent stops")
         self._plugins.clear()
+        self._count_events()
         for task in self._tasks:
             task.cancel()
         if self._tasks:

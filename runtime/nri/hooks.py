@@ -86,6 +86,7 @@ class NriHooks(Hooks):
         self._views = Views(cgroups)
         self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were connected then
         self._undrafted: dict[str, Container] = {}
+        self._described: dict[str, nri_pb2.Container] = {}
         self._starting: dict[str, list[Plugin]] = {}
         self._called: dict[str, list[Plugin]] = {}
         self._sent_once: dict[str, set[str]] = {}
@@ -121,15 +122,18 @@ class NriHooks(Hooks):
         return report.calls(self.adaptation)
 
     async def concurrently(self, work: Awaitable[None], notification: Coroutine[Any, Any, None]) -> None:
-        """Run both at the same time, because a call of a plugin takes about as long as a commit."""
+        """Run both at the same time, because a call of a plugin takes about as long as a commit.
+
+        The notification is sent first. So plugins get it even if the agent dies right after the commit.
+        """
         if not self.adaptation.plugins:
             await super().concurrently(work, notification)
             return
-        called = asyncio.ensure_future(notification)
+        working = asyncio.ensure_future(work)
         try:
-            await work
+            await notification
         finally:
-            await wait_out(called)
+            await wait_out(working)
 
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """Send RunPodSandbox."""
@@ -198,14 +202,18 @@ class NriHooks(Hooks):
         self._views.drop_draft(container)
         return False
 
+    def describe(self, container: Container, draft: Draft) -> None:
+        """Make the container's message in the thread that drafted it, where it takes the least time."""
+        self._described[container.id] = self._views.new_container(container, draft)
+
     async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
         """Send CreateContainer and ValidateContainerAdjustment; then update other containers as plugins ask."""
         called = self._called[container.id] = []
         async with self.sync_blocked():
+            described = self._described.pop(container.id, None) or self._views.new_container(container, draft)
             request = nri_pb2.CreateContainerRequest(
-                pod=self._views.pod_message(container.sandbox), container=messages.container(container, draft.spec)
+                pod=self._views.pod_message(container.sandbox), container=described
             )
-            self._views.keep(request.container)
             creation = await self.adaptation.create(request, container.title, operation, called)
             changes = creation.adjustment
             await by_size(changes, self._adjuster.adjust, container, draft, changes, creation.owners)
@@ -245,7 +253,7 @@ class NriHooks(Hooks):
         """Send PostStartContainer."""
         there = self._starting.pop(container.id, [])
         if self.adaptation.wants(events.POST_START_CONTAINER):
-            request = await self._views.request(container)
+            request = await self._views.request(container, nri_pb2.CONTAINER_RUNNING)
             await self.adaptation.notify(events.POST_START_CONTAINER, request, operation, only=there)
 
     async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
@@ -274,7 +282,7 @@ class NriHooks(Hooks):
         self._starting.pop(container.id, None)
         if not self.adaptation.wants(events.STOP_CONTAINER) or not self._first(container.id, "stop"):
             return
-        request = await self._views.request(container)
+        request = await self._views.request(container, nri_pb2.CONTAINER_STOPPED)
         updates = Updates()
         for plugin, answer in await self.adaptation.notify(events.STOP_CONTAINER, request):
             try:
@@ -302,7 +310,7 @@ class NriHooks(Hooks):
     def forget(self, object_id: str) -> None:
         """Forget an object that is removed."""
         self._views.forget(object_id)
-        for kept in (self._making, self._called, self._sent_once, self._undrafted, self._starting):
+        for kept in (self._making, self._called, self._sent_once, self._undrafted, self._described, self._starting):
             kept.pop(object_id, None)
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
@@ -74,10 +75,7 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
     if spec is not None:
         _add_process(message, spec)
         _add_linux(message, config, spec.linux)
-        message.mounts.extend(
-            nri_pb2.Mount(destination=m.destination, type=m.type, source=m.source, options=m.options)
-            for m in spec.mounts
-        )
+        message.mounts.extend(_mount(m.destination, m.type, m.source, tuple(m.options)) for m in spec.mounts)
         if spec.hooks is not None:
             message.hooks.CopyFrom(_hooks(spec.hooks))
     return message
@@ -86,9 +84,12 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
 def status(of: Container, state: nri_pb2.ContainerState | None = None) -> nri_pb2.Container:
     """The fields that change while a container exists, without resources. ``state`` replaces the recorded state."""
     record = of.record
-    alive = record.state in (ContainerState.MAKING, ContainerState.CREATED, ContainerState.RUNNING)
+    if state is None:
+        state = _STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN)
+    ended = nri_pb2.CONTAINER_STOPPED
+    alive = ended not in (state, _STATES.get(record.state))
     return nri_pb2.Container(
-        state=_STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN) if state is None else state,
+        state=state,
         pid=record.init.pid if alive and record.init is not None else 0,
         started_at=record.started_at,
         finished_at=record.finished_at,
@@ -139,6 +140,12 @@ def _add_linux(message: nri_pb2.Container, config: cri_pb2.ContainerConfig, linu
     if config.linux.security_context.HasField("seccomp"):
         target.seccomp_profile.profile_type = _PROFILES.get(seccomp.profile_type, nri_pb2.SecurityProfile.UNCONFINED)
         target.seccomp_profile.localhost_ref = seccomp.localhost_ref
+
+
+@lru_cache(maxsize=128)
+def _mount(destination: str, kind: str, source: str, options: tuple[str, ...]) -> nri_pb2.Mount:
+    """A mount, to be copied: most containers have the same mounts of the kernel's file systems."""
+    return nri_pb2.Mount(destination=destination, type=kind, source=source, options=options)
 
 
 def _device(device: oci.Device) -> nri_pb2.LinuxDevice:

@@ -92,6 +92,12 @@ class Views:
         cgroup = self._cgroups.parent_path(sandbox.record.cgroup_parent)
         return messages.pod(sandbox, cgroup)
 
+    def new_container(self, container: Container, draft: Draft) -> nri_pb2.Container:
+        """Make and keep the message of a container that is being created. Any thread may call it."""
+        message = messages.container(container, draft.spec)
+        self.keep(message)
+        return message
+
     def keep(self, container: nri_pb2.Container) -> None:
         """Keep the message of a container that is being created."""
         self._seen[container.id] = _Seen(container)

@@ -98,6 +98,10 @@ class State:
         self._set(subject, to)
         await self.save(subject)
 
+    def enter(self, container: Container, to: ContainerState) -> None:
+        """Change the state of a container in memory; the caller writes its record. Raises WrongStateError."""
+        self._set(container, to)
+
     def take_back(self, subject: Sandbox | Container) -> None:
         """After a failed removal, list an object again: a sandbox as stopped, a container as exited. In memory only.
 

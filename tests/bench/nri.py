@@ -1,8 +1,8 @@
 """The NRI phase: what plugins of the node add to the duration of a pod's whole cycle.
 
 It measures one Podkeel, and a containerd if selected. Between rounds of cycles it changes the plugins: none, one that
-subscribes to every event, and a hundred that subscribe to an event that never occurs. The plugins are Python programs,
-and the result includes their time for an answer.
+subscribes to every event, and a hundred that subscribe to an event that never occurs. The result includes the time that
+the plugin takes for an answer.
 """
 
 from __future__ import annotations

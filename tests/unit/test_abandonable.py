@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from host.concurrency.abandonable import AbandonableThreads, GivenUpError, Permission
+from host.concurrency.abandonable import AbandonableThreads, GivenUpError, OneThread, Permission
 from host.errors import UnavailableError
 
 
@@ -17,6 +17,17 @@ async def test_results_and_errors_come_back() -> None:
     assert await threads.run("test", lambda permission: 5) == 5
     with pytest.raises(ZeroDivisionError):
         await threads.run("test", lambda permission: 1 // 0)
+
+
+async def test_one_thread_does_several_pieces_of_work_and_ends() -> None:
+    threads = AbandonableThreads(1)
+    with OneThread() as thread:
+        first = await threads.run("test", lambda permission: threading.current_thread(), thread.begin)
+        with pytest.raises(ZeroDivisionError):
+            await threads.run("test", lambda permission: 1 // 0, thread.begin)
+        assert await threads.run("test", lambda permission: threading.current_thread(), thread.begin) is first
+    await asyncio.to_thread(first.join, 60)
+    assert not first.is_alive()
 
 
 async def test_hanging_work_is_left_behind_and_does_no_further_step() -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from host.concurrency.abandonable import AbandonableThreads, Permission
+from host.concurrency.abandonable import AbandonableThreads, OneThread, Permission
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.bundle.confinement import needs_verifying, verify
@@ -51,28 +51,40 @@ class Bundles:
 
         The decisions in it are recorded in the container's record. Raises PodkeelError.
         """
+        with OneThread() as thread:
+            spec = await self._make_spec(container, request, operation, thread)
+        _apply_spec(container, spec)
+        return spec
+
+    async def _make_spec(
+        self, container: Container, request: SpecRequest, operation: Operation, thread: OneThread
+    ) -> ContainerSpec:
         hooks, write = self._hooks, partial(self._write_spec, container)
+
+        async def in_the_thread(work: Callable[[Permission], T]) -> T:
+            async with operation.stage("spec"):
+                return await self._threads.run(operation.subject, work, thread.begin)
+
         if await hooks.no_plugin_adjusts(container):
 
             def draft_and_write(permission: Permission) -> Draft | ContainerSpec:
                 drafted = draft(request)
                 return write(drafted, permission) if hooks.drafted(container, drafted) else drafted
 
-            made = await self._work(operation, draft_and_write)
+            made = await in_the_thread(draft_and_write)
         else:
-            made = await self._work(operation, lambda _: draft(request))
-        if isinstance(made, Draft):
-            await hooks.create_container(container, made, operation)
-            spec = await self._work(operation, partial(write, made))
-        else:
-            spec = made
-        _apply_spec(container, spec)
-        return spec
 
-    async def _work(self, operation: Operation, work: Callable[[Permission], T]) -> T:
-        """Run ``work`` in a separate thread: volumes may be on a server that does not answer for hours."""
-        async with operation.stage("spec"):
-            return await self._threads.run(operation.subject, work)
+            def draft_and_describe(permission: Permission) -> Draft:
+                drafted = draft(request)
+                with permission.step():
+                    hooks.describe(container, drafted)
+                return drafted
+
+            made = await in_the_thread(draft_and_describe)
+        if not isinstance(made, Draft):
+            return made
+        await hooks.create_container(container, made, operation)
+        return await in_the_thread(partial(write, made))
 
     def _write_spec(self, container: Container, drafted: Draft, permission: Permission) -> ContainerSpec:
         spec, request = complete(drafted, permission.check), drafted.request

@@ -148,6 +148,7 @@ class ContainerExit:
     async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Record an end, and notify plugins of it."""
         hooks = self._hooks
+        self._state.enter(container, ContainerState.EXITED)
         await hooks.concurrently(
             self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container)
         )
@@ -155,7 +156,7 @@ class ContainerExit:
     async def _write_end(self, container: Container, *, sandbox_too: bool) -> None:
         """Write the end. If that fails, the container has still ended, and the next start notices it again."""
         try:
-            await self._state.move(container, ContainerState.EXITED)
+            await self._state.save(container)
             if sandbox_too:
                 await self._state.save(container.sandbox)
         except PodkeelError as error:

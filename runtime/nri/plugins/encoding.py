@@ -24,15 +24,15 @@ class EventRequest:
     """The request of an event: its pod, and its container unless it is an event of a pod, both encoded.
 
     ``encoded`` is the request for the event's own method: all of them have the pod as field 1 and the container as
-    field 2.
+    field 2. ``rest`` has its other fields, encoded.
     """
 
     __slots__ = ("_container", "_pod", "encoded")
 
-    def __init__(self, pod: bytes, container: bytes | None = None) -> None:
+    def __init__(self, pod: bytes, container: bytes | None = None, rest: bytes = b"") -> None:
         self._pod = pod
         self._container = container
-        self.encoded = field(1, pod) + (field(2, container) if container is not None else b"")
+        self.encoded = field(1, pod) + (field(2, container) if container is not None else b"") + rest
 
     def state_change(self, event: int) -> bytes:
         """The request of StateChange for an event."""

@@ -18,7 +18,7 @@ from host.errors import PodkeelError, UnavailableError
 from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.plugins.budget import Share
 from runtime.nri.plugins.decoding import Decoder
-from runtime.nri.plugins.encoding import field, number
+from runtime.nri.plugins.encoding import field
 from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
@@ -145,7 +145,7 @@ class Client:
         self._share = share
         self._decoder = decoder
         self._next = 1
-        self._heads: dict[str, bytes] = {}
+        self._heads: dict[tuple[str, float], bytes] = {}
         self._pending: dict[int, tuple[asyncio.Future[Message], float]] = {}  # with the time by which it must be there
         self._timer: asyncio.TimerHandle | None = None
         self._unexpected = 0
@@ -193,12 +193,13 @@ class Client:
         return response.payload
 
     def _request(self, method: str, payload: bytes, seconds: float) -> bytes:
-        """A ttrpc request as ``ttrpc_pb2.Request`` encodes it."""
-        head = self._heads.get(method)
+        """The encoded ``ttrpc_pb2.Request``, with the payload as its last field."""
+        head = self._heads.get((method, seconds))
         if head is None:
-            head = ttrpc_pb2.Request(service=self._service, method=method).SerializeToString()
-            self._heads[method] = head
-        return head + field(3, payload) + b"\x20" + number(int(seconds * 1_000_000_000))
+            nanoseconds = int(seconds * 1_000_000_000)
+            request = ttrpc_pb2.Request(service=self._service, method=method, timeout_nano=nanoseconds)
+            head = self._heads[method, seconds] = request.SerializeToString()
+        return head + field(3, payload)
 
     def _watch(self, until: float) -> None:
         """Have one timer for all calls, not one for each: it is not stopped when a call is answered."""

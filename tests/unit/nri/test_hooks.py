@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,34 @@ async def hooks(container: Container) -> AsyncIterator[NriHooks]:
     await made.close()
 
 
+@asynccontextmanager
+async def connected(hooks: NriHooks, folder: Path) -> AsyncIterator[Recorder]:
+    socket = folder / "nri.sock"
+    server = await asyncio.get_running_loop().create_unix_server(hooks.adaptation.new_trunk, str(socket))
+    plugin = Recorder("recorder", "10", str(socket))
+    plugin.removed = []
+    run_in_thread(plugin)
+    await asyncio.to_thread(wait_for, lambda: len(hooks.adaptation.plugins) == 1)
+    yield plugin
+    server.close()
+
+
+async def test_an_event_is_sent_before_the_commit_beside_it(hooks: NriHooks, tmp_path: Path) -> None:
+    """So it is in the plugin's socket even if the agent is killed right after the commit."""
+    done = []
+
+    async def commit() -> None:
+        done.append("commit")
+
+    async def tell() -> None:
+        done.append("sent")
+        await asyncio.sleep(0)
+
+    async with connected(hooks, tmp_path):
+        await hooks.concurrently(commit(), tell())
+    assert done == ["sent", "commit"]
+
+
 async def test_a_plugin_gets_one_event_for_a_removal_tried_before_it_connected(
     hooks: NriHooks, container: Container, tmp_path: Path
 ) -> None:
@@ -99,13 +128,7 @@ async def test_a_plugin_gets_one_event_for_a_removal_tried_before_it_connected(
         await hooks.remove_sandbox(container.sandbox, operation)
 
     await remove()
-    socket = tmp_path / "nri.sock"
-    server = await asyncio.get_running_loop().create_unix_server(hooks.adaptation.new_trunk, str(socket))
-    plugin = Recorder("recorder", "10", str(socket))
-    plugin.removed = []
-    run_in_thread(plugin)
-    await asyncio.to_thread(wait_for, lambda: len(hooks.adaptation.plugins) == 1)
-    await remove()
-    await remove()
-    assert plugin.removed == ["main", "pod"]
-    server.close()
+    async with connected(hooks, tmp_path) as plugin:
+        await remove()
+        await remove()
+        assert plugin.removed == ["main", "pod"]

@@ -5,6 +5,7 @@ Document: containers-registries.d(5); containers-signature(5).
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,13 +21,14 @@ from images.signatures.claims import MAX_CLAIM_BYTES
 
 MAX_SIGNATURES = 32  # signatures of one image
 
-_SECONDS = 60.0
+_SECONDS = 60.0  # of one signature
+ALL_SECONDS = 120.0
 
 
 async def simple_signatures(lookaside: str, name: Reference, digest: str) -> AsyncGenerator[bytes, None]:
     """The GPG signatures of the manifest ``digest`` below an address of registries.d, MAX_SIGNATURES at most.
 
-    Raises KubeletReasonError if the place cannot be asked.
+    Raises KubeletReasonError if the place cannot be asked, or if all answers take more than two minutes.
     """
     address = urlsplit(lookaside)
     if address.scheme not in ("file", "http", "https"):
@@ -39,10 +41,11 @@ async def simple_signatures(lookaside: str, name: Reference, digest: str) -> Asy
                 return
             yield content
         return
-    timeout = aiohttp.ClientTimeout(total=_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
+    end = time.monotonic() + ALL_SECONDS
+    async with aiohttp.ClientSession(trust_env=True) as session:
         for number in range(1, MAX_SIGNATURES + 1):
-            content = await _get(session, f"{address.scheme}://{address.netloc}{below}/signature-{number}")
+            url = f"{address.scheme}://{address.netloc}{below}/signature-{number}"
+            content = await _get(session, url, min(_SECONDS, end - time.monotonic()))
             if content is None:
                 return
             yield content
@@ -57,9 +60,11 @@ def _read(path: Path) -> bytes | None:
         raise _failed(f"{path} cannot be read: {error}") from error
 
 
-async def _get(session: aiohttp.ClientSession, url: str) -> bytes | None:
+async def _get(session: aiohttp.ClientSession, url: str, seconds: float) -> bytes | None:
+    if seconds <= 0:
+        raise KubeletReasonError("RegistryUnavailable", f"signatures at {url}: no answer in {ALL_SECONDS:g} s")
     try:
-        async with session.get(url) as response:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
             if response.status == 404:
                 return None
             if response.status != 200:
@@ -71,7 +76,8 @@ async def _get(session: aiohttp.ClientSession, url: str) -> bytes | None:
                     raise _failed(f"{url} is larger than {MAX_CLAIM_BYTES} bytes")
             return bytes(content)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        raise KubeletReasonError("RegistryUnavailable", f"signatures at {url}: {error or 'no answer'}") from error
+        reason = str(error) or "no answer in time"
+        raise KubeletReasonError("RegistryUnavailable", f"signatures at {url}: {reason}") from error
 
 
 def _failed(why: str) -> KubeletReasonError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from host.errors import KubeletReasonError
 from images.oci.reference import parse
 from images.options import ImageOptions
+from images.signatures import lookaside
 from images.signatures.policy import rule_for
 from images.signatures.requirements import MatchExact, MatchRepository, RemapIdentity, matches
 from tests.integration.images.conftest import Node
@@ -363,3 +367,22 @@ def test_identities() -> None:
     assert not matches(remap, parse("r.example/teams/app:1"), "vendor.example/app:1")
     assert matches(remap, by_digest, "vendor.example/app:9")
     assert not matches(remap, by_digest, "vendor.example/app")
+
+
+async def test_a_slow_place_of_signatures_has_a_limit_of_time_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookaside, "ALL_SECONDS", 0.5)
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        await asyncio.sleep(0.2)  # a slow answer, but not one that fails by itself
+        return web.Response(body=b"signature")
+
+    server = TestServer(web.Application())
+    server.app.router.add_get("/{path:.*}", answer)
+    async with server:
+        place = f"http://{server.host}:{server.port}/sigs"
+        with pytest.raises(KubeletReasonError, match=r"signature-\d: no answer in"):
+            async for _ in lookaside.simple_signatures(place, parse("registry.example/a"), f"sha256:{'0' * 64}"):
+                pass
+    assert 1 <= len(asked) <= 3

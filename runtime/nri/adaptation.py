@@ -370,8 +370,8 @@ class Adaptation:
         if plugin not in self._plugins:
             raise InvalidArgumentError("the plugin is not synchronised yet: answer Synchronize first")
         updates = Updates()
-        await by_size(request, updates.add, plugin.title, request.update, request.evict)
-        return nri_pb2.UpdateContainersResponse(failed=await updates.carry_out(self._node))
+        failed = await by_size(request, updates.add_each, plugin.title, request.update, request.evict)
+        return nri_pb2.UpdateContainersResponse(failed=[*failed, *await updates.carry_out(self._node)])
 
     async def close(self) -> None:
         """Notify all plugins, at the same time, that the agent stops; then disconnect them."""

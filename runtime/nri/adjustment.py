@@ -36,6 +36,7 @@ def adjust(
         draft.cdi_devices = [name for name in draft.cdi_devices if name not in (removed, device.name)]
         if removed is None:
             draft.cdi_devices.append(device.name)
+            draft.cdi_asked_by[device.name] = f"NRI plugin {errors.plugin(Field.CdiDevices, device.name)}: CDI device"
     if name := adjustment.linux.resources.blockio_class.value:
         draft.last_steps.append(partial(_set_block_io, draft.spec.linux, abilities.block_io_file, name, errors))
     for namespace in draft.spec.linux.namespaces if adjustment.linux.namespaces else ():

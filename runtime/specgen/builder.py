@@ -79,7 +79,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
     request, spec, labels = drafted.request, drafted.spec, drafted.labels
     config, process, linux = request.config, spec.process, spec.linux
     described = [node for node in linux.devices if not any(node is other for other in drafted.devices)]
-    edits = cdi.edits_for(list(dict.fromkeys(drafted.cdi_devices)), request.cdi_folders)
+    edits = cdi.edits_for(list(dict.fromkeys(drafted.cdi_devices)), request.cdi_folders, drafted.cdi_asked_by)
     if edits:
         described += _add_described(edits, process, linux)
         spec.hooks = _joined(spec.hooks, cdi.hooks(edits))

@@ -107,9 +107,12 @@ def requested(config: cri_pb2.ContainerConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def edits_for(names: Sequence[str], folders: Iterable[Path] = FOLDERS) -> list[Edits]:
+def edits_for(
+    names: Sequence[str], folders: Iterable[Path] = FOLDERS, asked_by: Mapping[str, str] | None = None
+) -> list[Edits]:
     """The edits of each named device (``vendor.com/class=name``), each after the edits of its file, which come once.
 
+    ``asked_by`` has the name in errors for devices that are not of the configuration.
     Raises InvalidArgumentError for an invalid name, and for one that no file, or more than one of a folder, describes.
     """
     if not names:
@@ -118,14 +121,15 @@ def edits_for(names: Sequence[str], folders: Iterable[Path] = FOLDERS) -> list[E
     edits: list[Edits] = []
     used: list[Description] = []
     for name in names:
+        title = (asked_by or {}).get(name, "CDI device")
         if not _NAME.fullmatch(name):
-            raise InvalidArgumentError(f"CDI device {name!r} does not have the form vendor.com/class=name")
+            raise InvalidArgumentError(f"{title} {name!r} does not have the form vendor.com/class=name")
         found = devices.get(name, ())
         if len(found) != 1:
             where = "is described by more than one file" if found else "is not described by any file"
             noted = f" ({'; '.join(problems)})" if problems else ""
             raise InvalidArgumentError(
-                f"CDI device {name} {where} in {', '.join(map(str, folders))}{noted}: "
+                f"{title} {name} {where} in {', '.join(map(str, folders))}{noted}: "
                 "have its driver write one description of it"
             )
         description, device = found[0]

@@ -75,9 +75,9 @@ class Draft:
     """A spec whose paths are not resolved yet, so that NRI plugins may change it before ``complete``.
 
     ``spec`` has the requested mounts and devices, without those of CDI devices, whose names are in ``cdi_devices``.
-    Mounts or devices that plugins add are resolved and checked like the others. ``asked_by`` maps their destinations to
-    the name for errors. ``last_steps`` change or check what needs files of the node. They block, and may raise the
-    errors of ``complete``.
+    Mounts or devices that plugins add are resolved and checked like the others. ``asked_by`` maps their destinations,
+    ``cdi_asked_by`` the names of CDI devices to the name for errors. ``last_steps`` change or check what needs files of
+    the node. They block, and may raise the errors of ``complete``.
     """
 
     request: SpecRequest
@@ -91,6 +91,7 @@ class Draft:
     mapped_volumes: Sequence[MappedVolume]
     cdi_devices: list[str]
     asked_by: dict[str, str] = field(default_factory=dict)
+    cdi_asked_by: dict[str, str] = field(default_factory=dict)
     last_steps: list[Callable[[], None]] = field(default_factory=list)
 
 

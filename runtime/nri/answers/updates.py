@@ -77,6 +77,30 @@ class Updates:
             collected.update.ignore_failure = collected.update.ignore_failure and update.ignore_failure
         self.evictions += [(eviction, plugin) for eviction in list(evictions)[:MAX_UPDATES]]
 
+    def add_each(
+        self,
+        plugin: str,
+        updates: Sequence[nri_pb2.ContainerUpdate],
+        evictions: Iterable[nri_pb2.ContainerEviction],
+    ) -> list[nri_pb2.ContainerUpdate]:
+        """As ``add``, but an invalid update fails alone. Returns those that failed and were not allowed to.
+
+        Raises InvalidArgumentError for too many or too large requests.
+        """
+        check_updates(plugin, updates)
+        failed = []
+        for update in updates:
+            try:
+                merge_resources(update.linux.resources, (nri_pb2.LinuxResources(),), Owners(""), plugin)
+            except InvalidArgumentError as error:
+                _log_failure(update, plugin, error)
+                if not update.ignore_failure:
+                    failed.append(update)
+            else:
+                self.add(plugin, (update,))
+        self.add(plugin, (), evictions)
+        return failed
+
     def take(self, container_id: str) -> nri_pb2.LinuxResources | None:
         """Remove and return the update for one container."""
         collected = self._collected.pop(container_id, None)
@@ -94,9 +118,7 @@ class Updates:
             try:
                 await node.update(update, plugins)
             except PodkeelError as error:
-                _log.warning(
-                    "nri: update of container %s: failed for plugin %s: %s", update.container_id[:64], plugins, error
-                )
+                _log_failure(update, plugins, error)
                 if not update.ignore_failure:
                     failed.append(update)
         for eviction, plugin in self.evictions:
@@ -108,3 +130,7 @@ class Updates:
                     "nri: eviction of container %s: failed for plugin %s: %s", eviction.container_id[:64], plugin, error
                 )
         return failed
+
+
+def _log_failure(update: nri_pb2.ContainerUpdate, plugins: str, error: PodkeelError) -> None:
+    _log.warning("nri: update of container %s: failed for plugin %s: %s", update.container_id[:64], plugins, error)

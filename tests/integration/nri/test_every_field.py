@@ -260,6 +260,14 @@ def test_a_cgroup_of_the_plugin_s_choice(agent: AgentProcess, sandbox_id: str) -
     wait_for(lambda: not (hierarchy / cgroup.lstrip("/")).exists())
 
 
+@pytest.mark.parametrize("device", ["no name", "vendor.example/none=0"])
+def test_a_cdi_device_that_cannot_be_added_names_the_plugin(agent: AgentProcess, sandbox_id: str, device: str) -> None:
+    with pytest.raises(grpc.RpcError, match=f"NRI plugin 10-recorder: CDI device '?{device}'? ") as raised:
+        create(agent, sandbox_id, nri_pb2.ContainerAdjustment(CDI_devices=[nri_pb2.CDIDevice(name=device)]))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+
+
 @pytest.mark.parametrize(
     ("linux", "code", "words"),
     [

@@ -217,6 +217,20 @@ async def test_a_plugin_updates_containers_at_any_time(bench: Bench) -> None:
     assert bench.runtime.evicted == [("old", "10-sample")]
 
 
+async def test_an_invalid_update_fails_alone(bench: Bench) -> None:
+    plugin = await bench.connect(Updating, "sample", "10")
+    request = nri_pb2.UpdateContainersRequest()
+    for container in ("a", "b", "c", "b"):
+        request.update.add(container_id=container).linux.resources.memory.limit.value = 1 << 20
+    for wrong in (1, 2):  # a huge page limit needs a page size
+        request.update[wrong].linux.resources.hugepage_limits.add(limit=1 << 20)
+    request.update[2].ignore_failure = True
+    answer = await asyncio.to_thread(plugin.update_containers, request)
+    assert [update.container_id for update in answer.failed] == ["b"]
+    assert [update.container_id for update in bench.runtime.updated] == ["a", "b"]
+    assert not bench.runtime.updated[1].linux.resources.hugepage_limits
+
+
 async def test_a_plugin_that_hangs_is_left_out_and_the_others_are_called(
     bench: Bench, recorder: type[Recorder]
 ) -> None:

@@ -88,6 +88,11 @@ class MonitorCgroup:
                     raise
             await asyncio.sleep(pause)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether processes enter it. False if the agent is in the root of all hierarchies, or ``open`` failed."""
+        return bool(self._entrances)
+
     def enter(self, pid: int) -> bool:
         """Move a process that has no children to the cgroup. False if the cgroup is gone: call ``enter_again``. Blocks.
 

@@ -79,10 +79,10 @@ class StartingMonitor:
         self._node_devices = node_devices
         self._pid = -1
         self._pidfd = -1
-        self._in_cgroup = True
         self._sync_read = -1
         self._start_write = -1
         self._spawned: asyncio.Future[ProcessName] | None = None
+        self._entered: asyncio.Future[None] | None = None
 
     def begin(self) -> None:
         """Start conmon now, before ``create``. The bundle need not exist yet."""
@@ -93,7 +93,21 @@ class StartingMonitor:
             # The log folder may be on a file system whose server does not answer.
             work = in_thread(self._spawn) if self._log is None else in_fresh_thread(self._spawn)
             self._spawned = asyncio.ensure_future(work)
+            if self._cgroup.is_used:
+                self._entered = asyncio.ensure_future(self._enter(self._spawned))
         return self._spawned
+
+    async def _enter(self, spawned: asyncio.Future[ProcessName]) -> None:
+        """Move conmon out of the agent's cgroup, while it loads and the OCI runtime works.
+
+        After a quiet time the kernel needs many milliseconds for that. If the OCI runtime starts before, it stays in
+        the agent's cgroup until it has created the container.
+        """
+        await asyncio.wait({spawned})
+        if not spawned.cancelled() and spawned.exception() is None:
+            pid = spawned.result().pid
+            if not await in_thread(self._cgroup.enter, pid):
+                await self._cgroup.enter_again(pid)
 
     def _spawn(self) -> ProcessName:
         self._folder.path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +131,6 @@ class StartingMonitor:
             pid = processes.spawn(self._command, environment=environment, descriptors=descriptors)
         self._pidfd = processes.open_child(pid)
         self._pid = pid
-        self._in_cgroup = self._cgroup.enter(pid)
         return ProcessName(pid, processes.start_time(pid) or 0)
 
     async def create(self) -> Monitored:
@@ -127,12 +140,11 @@ class StartingMonitor:
             RuntimeRefusedError: the OCI runtime failed, with its own message. Call ``abandon`` then.
         """
         monitor = await wait_out(self._begun())
-        if not self._in_cgroup:
-            await self._cgroup.enter_again(monitor.pid)
-        # Until now conmon has started no process, so none is left in the agent's cgroup.
         with contextlib.suppress(BrokenPipeError):  # it ended early: its answer or its log has the reason
             os.write(self._start_write, b"\0")
         init_pid = await self._created()
+        if self._entered is not None:
+            await wait_out(self._entered)
         monitored = Monitored(monitor, self._pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
         self._pidfd = -1
         self._close_pipes()
@@ -161,6 +173,8 @@ class StartingMonitor:
             return
         with contextlib.suppress(PodkeelError, OSError):
             await wait_out(self._spawned)
+        if self._entered is not None:
+            await wait_out(self._entered)  # until conmon is reaped, its pid belongs to no other process
         if self._pidfd >= 0:
             pidfd, self._pidfd = self._pidfd, -1
             try:  # also the OCI runtime that conmon waits for: the caller is about to delete what it made

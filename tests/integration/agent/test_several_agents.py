@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from host.files import mounts
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.monitor_cgroup import MonitorCgroup
 from runtime.cgroups.tree import CgroupTree
 from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, run_container, sandbox_config
@@ -188,6 +190,8 @@ def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
     gone, new = AgentProcess(tmp_path / "gone"), AgentProcess(tmp_path / "new")
     gone.start()
     gone.kill()
+    cgroups = CgroupTree.of_host("auto")
+    monitors = MonitorCgroup(cgroups, "", (gone.data / "agent-id").read_text().strip())
     shutil.rmtree(gone.data)
     for target in mounts.mounts_below(gone.run):
         mounts.unmount(target)
@@ -198,7 +202,8 @@ def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
         assert new.client.findings() == []
     finally:
         new.reset()
-        CgroupTree.of_host("auto").remove(gone.cgroup_parent)
+        cgroups.remove(gone.cgroup_parent)
+        asyncio.run(monitors.remove())
 
 
 @pytest.mark.parametrize("table", ["streaming", "metrics"])

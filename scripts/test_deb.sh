@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs dist/podkeel_*_amd64.deb in a Debian 12 and a Debian 13 without network, runs a pod, upgrades, removes and
-# purges it: test_deb.sh [bookworm|trixie]… Each root is made by mmdebstrap, kept in ~/.cache, and unpacked for each run.
+# purges it, first without systemd and then under it: test_deb.sh [bookworm|trixie]… Each root is made by mmdebstrap, kept in ~/.cache, and unpacked for each run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/podkeel-deb
@@ -58,6 +58,7 @@ for suite in "${suites[@]}"; do
     echo force-unsafe-io >"$work/$suite/etc/dpkg/dpkg.cfg.d/test"  # without fsync of each file
     cp "$work"/*.deb "$work/busybox.tar" scripts/deb/*.sh scripts/deb/pod.yaml "$work/$suite/srv/"
     scripts/own_namespaces.sh scripts/deb/enter.sh "$work/$suite" /srv/test_inside.sh
+    scripts/own_namespaces.sh scripts/deb/enter.sh "$work/$suite" /srv/boot_systemd.sh
     rm -rf --one-file-system "${work:?}/$suite"
 done
 say "all passed: ${suites[*]}"

@@ -10,8 +10,8 @@ import json
 import os
 import re
 import subprocess
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,20 +233,13 @@ def pull(agent: AgentProcess, reference: str) -> str:
 
 def in_namespace(rack: Rack, name: str, work: Callable[[], object]) -> None:
     """Run ``work`` in a thread in a namespace of the rack."""
-    errors: list[BaseException] = []
 
     def run() -> None:
-        try:
-            with inside_namespace(rack.inside(name)[1].removeprefix("--net="), CLONE_NEWNET):
-                work()
-        except BaseException as error:
-            errors.append(error)
+        with inside_namespace(rack.inside(name)[1].removeprefix("--net="), CLONE_NEWNET):
+            work()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,24 +24,17 @@ SIZE = 1000
 
 def in_namespace(path: str | None, work: Callable[[], None]) -> None:
     """Run ``work`` in a thread inside the namespace pinned at ``path``, or in a new one."""
-    failed: list[BaseException] = []
 
     def body() -> None:
-        try:
-            if path is None:
-                libc.unshare(libc.CLONE_NEWNET)
-            else:
-                with open(path, "rb") as pin:
-                    libc.setns(pin.fileno(), libc.CLONE_NEWNET)
-            work()
-        except BaseException as error:
-            failed.append(error)
+        if path is None:
+            libc.unshare(libc.CLONE_NEWNET)
+        else:
+            with open(path, "rb") as pin:
+                libc.setns(pin.fileno(), libc.CLONE_NEWNET)
+        work()
 
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(body).result()
 
 
 @pytest.fixture

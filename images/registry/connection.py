@@ -41,7 +41,7 @@ class ConnectedHost:
     """One of the hosts, with its TLS settings and credentials. ``found`` is None until it requires credentials.
 
     ``tls_elsewhere`` is for its token server and the targets of its redirects: it has the same authorities, but not the
-    client certificate.
+    client certificate. ``elsewhere`` are anonymous access tokens for targets of its redirects.
     """
 
     config: RegistryHost
@@ -50,6 +50,7 @@ class ConnectedHost:
     tls_elsewhere: ssl.SSLContext | bool = True
     found: FoundCredentials | None = None
     authorization: str = ""
+    elsewhere: dict[Origin, str] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -112,10 +113,10 @@ class RegistryConnection:
         if queries:
             url += ("&" if "?" in url else "?") + "&".join(queries)
         failures = 0
-        asked = False
+        asked: set[Origin] = set()
         while True:
             try:
-                response, at_home = await self._send(host, method, url, headers, body)
+                response, origin = await self._send(host, method, url, headers, body)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures += 1
                 if failures >= self._options.attempts or isinstance(error, aiohttp.ClientConnectorError):
@@ -126,12 +127,15 @@ class RegistryConnection:
                 return response
             status = response.status
             text = await error_text(response, self._options.stall_seconds)
-            # The target of a redirect must not get the credentials of the redirecting host by answering 401.
-            if status == 401 and not asked and at_home:
-                asked = await self._authorize(host, response)
+            if status == 401 and origin not in asked:
+                if await self._authorize(host, response, origin):
+                    asked.add(origin)
             elif status in (401, 403):
+                there = (
+                    host.config.address if origin == host.origin else f"{response.url.authority}, a redirect's target,"
+                )
                 raise PermissionDeniedError(
-                    f"{self._reference}: {host.config.address} refused access ({text}): check the image's name and the "
+                    f"{self._reference}: {there} refused access ({text}): check the image's name and the "
                     f"credentials ({credentials_of(host)})"
                 )
             elif status == 404:
@@ -148,12 +152,12 @@ class RegistryConnection:
 
     async def _send(
         self, host: ConnectedHost, method: str, url: str, headers: dict[str, str], body: Body | None
-    ) -> tuple[aiohttp.ClientResponse, bool]:
-        """Send one request and follow redirects. Also returns whether the host itself answered."""
+    ) -> tuple[aiohttp.ClientResponse, Origin]:
+        """Send one request and follow redirects. Also returns the origin that answered."""
         private = dict(host.config.headers)
         if host.authorization:
             private["Authorization"] = host.authorization
-        sending = Sending(method, url, headers, private, body)
+        sending = Sending(method, url, headers, private, body, elsewhere=host.elsewhere)
         return await follow(sending, host.origin, functools.partial(self._open, host))
 
     async def _open(
@@ -186,33 +190,46 @@ class RegistryConnection:
         except ValueError as error:  # a host name that IDNA refuses, or a header with a line break
             raise aiohttp.ClientPayloadError(f"{urlsplit(url).netloc} cannot be requested: {error}") from error
 
-    async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse) -> bool:
-        """Set an Authorization header that answers the challenge. All transfers of a pull share it.
+    async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse, origin: Origin) -> bool:
+        """Set an Authorization header that answers the challenge of ``origin``. All transfers of a pull share it.
 
-        Returns False if another transfer has set a new one, which is not tried yet.
+        The target of a redirect gets an anonymous token, never the credentials of the redirecting host. Returns False
+        if another transfer has set a new header, which is not tried yet.
         """
         challenges = tokens.parse_challenges(refused.headers.getall("WWW-Authenticate", []))
         tried = refused.request_info.headers.get("Authorization", "")
+        at_home = origin == host.origin
         async with host.lock:
-            if host.authorization and host.authorization != tried:
+            present = host.authorization if at_home else host.elsewhere.get(origin, "")
+            if present and present != tried:
                 return False
-            if host.found is None:
-                host.found = await self._find_credentials(host.config)
-            credentials = host.found.credentials
             try:
-                direct = tokens.answer_directly(challenges, credentials)
-                if direct is None:
-                    secure = host.config.base.startswith("https:")
-                    request = tokens.token_request(
-                        challenges, credentials, f"repository:{self._reference.path}:{self._actions}", secure=secure
-                    )
-                    direct = await self._fetch_token(host, request)
+                if at_home:
+                    host.authorization = await self._answer_of(host, challenges)
+                else:
+                    host.elsewhere[origin] = await self._token(host, challenges, None, secure=False)
             except PermissionDeniedError as error:
+                given = credentials_of(host) if at_home else "those of the registry are not for it"
                 raise PermissionDeniedError(
-                    f"{self._reference}: {host.config.address}: {error.message} (credentials: {credentials_of(host)})"
+                    f"{self._reference}: {_named(host, origin)}: {error.message} (credentials: {given})"
                 ) from error
-            host.authorization = direct
         return True
+
+    async def _answer_of(self, host: ConnectedHost, challenges: list[tokens.Challenge]) -> str:
+        """The Authorization header for the host itself."""
+        if host.found is None:
+            host.found = await self._find_credentials(host.config)
+        credentials = host.found.credentials
+        direct = tokens.answer_directly(challenges, credentials)
+        if direct is not None:
+            return direct
+        return await self._token(host, challenges, credentials, secure=host.config.base.startswith("https:"))
+
+    async def _token(
+        self, host: ConnectedHost, challenges: list[tokens.Challenge], credentials: Credentials | None, *, secure: bool
+    ) -> str:
+        scope = f"repository:{self._reference.path}:{self._actions}"
+        return await self._fetch_token(host, tokens.token_request(challenges, credentials, scope, secure=secure))
 
     async def _find_credentials(self, config: RegistryHost) -> FoundCredentials:
         addresses = [config.address]
@@ -261,6 +278,11 @@ class RegistryConnection:
         encoding, retry_after = encoding_of(response), response.headers.get("Retry-After", "")
         content = await read_body(response, MAX_TOKEN_BYTES, self._options.stall_seconds)
         return response.status, await decoded(content, encoding, MAX_TOKEN_BYTES), retry_after
+
+
+def _named(host: ConnectedHost, origin: Origin) -> str:
+    """The name of an origin that answers for the host, in messages."""
+    return host.config.address if origin == host.origin else f"{origin[1]}:{origin[2]} (the target of a redirect)"
 
 
 def credentials_of(host: ConnectedHost) -> str:

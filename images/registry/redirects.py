@@ -26,7 +26,10 @@ Body: TypeAlias = Callable[[], AsyncIterator[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """One request. ``private`` are headers for its own origin only, and so is the body if it is ``secret``."""
+    """One request. ``private`` are headers for its own origin only, and so is the body if it is ``secret``.
+
+    ``elsewhere`` are values of Authorization for other origins.
+    """
 
     method: str
     url: str
@@ -34,6 +37,14 @@ class Sending:
     private: Mapping[str, str] = field(default_factory=dict)
     body: Body | bytes | None = None
     secret: bool = False
+    elsewhere: Mapping[Origin, str] = field(default_factory=dict)
+
+    def headers_for(self, origin: Origin, home: Origin) -> dict[str, str]:
+        """The headers that ``origin`` gets."""
+        if origin == home:
+            return {**self.headers, **self.private}
+        authorization = self.elsewhere.get(origin)
+        return {**self.headers, **({"Authorization": authorization} if authorization else {})}
 
 
 # Sends method, address, headers and body once.
@@ -42,21 +53,21 @@ Open: TypeAlias = Callable[
 ]
 
 
-async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.ClientResponse, bool]:
-    """The response after all redirects, and whether ``home`` sent it.
+async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.ClientResponse, Origin]:
+    """The response after all redirects, and the origin that sent it.
 
     Raises aiohttp.ClientPayloadError for a redirect to an invalid address and for too many. Raises
     PermissionDeniedError if a secret body would have to be sent to another origin.
     """
     method, url, body = sending.method, sending.url, sending.body
     for _ in range(MAX_REDIRECTS + 1):
-        at_home = origin_of(url) == home
-        if body is not None and sending.secret and not at_home:
+        origin = origin_of(url)
+        if body is not None and sending.secret and origin != home:
             raise PermissionDeniedError(f"it redirects to {urlsplit(url).netloc}, which must not get the credentials")
-        headers = {**sending.headers, **(sending.private if at_home else {})}
+        headers = sending.headers_for(origin, home)
         response = await send(method, url, headers, body() if callable(body) else body)
         if response.status not in _REDIRECT:
-            return response, at_home
+            return response, origin
         response.close()
         url = target_of(url, response.headers.get("Location", ""))
         if response.status in _TO_GET and method not in ("GET", "HEAD"):

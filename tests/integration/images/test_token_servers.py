@@ -109,6 +109,35 @@ async def test_credentials_are_not_sent_to_another_host_by_a_redirect(
     assert secrets_seen(other) == []
 
 
+async def test_targets_of_redirects_get_anonymous_tokens(
+    node: Node, scripted: ScriptedRegistry, other: ScriptedRegistry
+) -> None:
+    """Registries in front of a public one redirect every request to it, which demands its own tokens."""
+    private_image(other, repository="public")
+    other.answers["/token"] = token_for("")
+    name = private_image(scripted, repository="public")
+    scripted.answers["/token"] = token_for(BASIC)
+
+    def redirected(answer: Callable[[Request], Answer]) -> Callable[[Request], Answer]:
+        def inner(request: Request) -> Answer:
+            own = answer(request)
+            return own if own.status == 401 else redirect(f"{other.address}{request.target}", 307)
+
+        return inner
+
+    for path, answer in list(scripted.answers.items()):
+        if path.startswith("/v2/") and callable(answer):
+            scripted.answers[path] = redirected(answer)
+    image = await node.puller.pull(name, SECRET)
+    assert (len(scripted.requests("/token")), len(other.requests("/token"))) == (1, 1), "all requests share the tokens"
+    assert (bool(secrets_seen(scripted)), secrets_seen(other)) == (True, [])
+    await node.store.remove(image.id)
+    other.answers["/token"] = token_for(BASIC)
+    with pytest.raises(PermissionDeniedError, match=rf"{other.host} \(the target of a redirect\): .*refused"):
+        await node.puller.pull(name, SECRET)
+    assert secrets_seen(other) == []
+
+
 async def test_a_token_server_that_accepts_only_post(node: Node, scripted: ScriptedRegistry) -> None:
     name = private_image(scripted)
 

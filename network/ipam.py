@@ -64,6 +64,7 @@ class AddressPool:
         value = int(address)
         if released_at is None:
             self._taken.add(value)
+            self._quarantined.pop(value, None)
         else:
             self._quarantined[value] = released_at
         if allocated_at >= self._newest:
@@ -163,6 +164,11 @@ class Ipam:
         network, plain = ip_network(pool), ip_address(address)
         self._pool(network).restore(plain, allocated_at, released_at)
         return network, plain
+
+    def range_of(self, address: IPAddress, gateways: Collection[str]) -> IPNetwork | None:
+        """The range of an address whose row is lost, preferably with one of these gateways; None if there is none."""
+        ranges = [network for network in self._pools if address in network]
+        return next((network for network in ranges if str(gateway_of(network)) in gateways), next(iter(ranges), None))
 
     def allocate(self) -> list[tuple[IPNetwork, IPAddress]]:
         """One address of each family, primary first. Raises LimitError with the ranges that are full."""

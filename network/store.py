@@ -20,6 +20,9 @@ from network.ports import PROTOCOLS, HostPort
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Attachment).decode
 
+Held = tuple[IPv4Network | IPv6Network, IPv4Address | IPv6Address]
+"""An address and its range."""
+
 
 class AddressRow(NamedTuple):
     """An address a sandbox holds, or held until ``released_at`` (seconds since the epoch)."""
@@ -63,7 +66,8 @@ class NetworkStore:
             try:
                 if ip_address(row[0]) not in ip_network(row[1]):
                     raise ValueError(f"it is not in the range {row[1]}")
-                found.append(AddressRow(row[0], row[1], str(row[2]), float(row[3]), row[4] and float(row[4])))
+                _require_sandbox(row[2])
+                found.append(AddressRow(row[0], row[1], row[2], float(row[3]), row[4] and float(row[4])))
             except (ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("address", row[0], str(error), row))
         self._database.set_rows_aside(unreadable, ("network_addresses", "address"))
@@ -76,10 +80,11 @@ class NetworkStore:
         unreadable: list[UnreadableRow] = []
         for row in rows:
             try:
+                _require_sandbox(row[0])
                 ip_address(row[2])
                 if row[1] not in PROTOCOLS or not 0 < row[3] < 65536:
                     raise ValueError(f"{row[1]} {row[3]} is no port")
-                found.append((str(row[0]), HostPort(row[1], row[2], row[3])))
+                found.append((row[0], HostPort(row[1], row[2], row[3])))
             except (ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("host port", row[3], str(error), row))
         self._database.set_rows_aside(unreadable, ("network_host_ports", "host_port"))
@@ -109,7 +114,7 @@ class NetworkStore:
     async def add(
         self,
         attachment: Attachment,
-        addresses: Sequence[tuple[IPv4Network | IPv6Network, IPv4Address | IPv6Address]],
+        addresses: Sequence[Held],
         ports: Sequence[HostPort],
         quarantine: float,
     ) -> None:
@@ -131,6 +136,26 @@ class NetworkStore:
                 [(*port, sandbox_id) for port in ports],
             )
             connection.execute("INSERT INTO network_attachments VALUES (?, ?)", (sandbox_id, _encode(attachment)))
+
+        await self._database.write(work)
+
+    async def add_held(self, held: Sequence[tuple[str, Sequence[Held], Sequence[HostPort]]]) -> None:
+        """Record addresses and ports of sandboxes again whose rows were lost."""
+        if not held:
+            return
+        now = time.time()
+
+        def work(connection: sqlite3.Connection) -> None:
+            for sandbox_id, addresses, ports in held:
+                connection.executemany(
+                    "INSERT OR REPLACE INTO network_addresses VALUES (?, ?, ?, ?, NULL)",
+                    [(str(address), str(network), sandbox_id, now) for network, address in addresses],
+                )
+                connection.executemany(
+                    "INSERT OR REPLACE INTO network_host_ports (protocol, host_ip, host_port, sandbox_id) "
+                    "VALUES (?, ?, ?, ?)",
+                    [(*port, sandbox_id) for port in ports],
+                )
 
         await self._database.write(work)
 
@@ -168,3 +193,8 @@ class NetworkStore:
                 connection.execute(f"DELETE FROM network_{table}")
 
         await self._database.write(work)
+
+
+def _require_sandbox(sandbox_id: object) -> None:
+    if not isinstance(sandbox_id, str) or not sandbox_id:
+        raise ValueError("its sandbox's id is invalid")

@@ -15,6 +15,7 @@ from host.database import Database
 from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnavailableError
 from network import ports, sysctl
 from network.attachment import Attachment, AttachRequest, PortMapping, interface_name, limiter_name, pod_mac
+from network.bridge import loading
 from network.bridge.audit import compare_bridge, compare_elements, compare_links, compare_store
 from network.bridge.links import BridgeLinks, IPInterface, TableMissingError
 from network.bridge.lost_attachments import lost_rows
@@ -25,7 +26,7 @@ from network.nftables import ruleset
 from network.nftables.elements import elements_of
 from network.nftables.firewalls import FirewallWatch
 from network.options import NetworkOptions
-from network.ports import HostPort, PortRegistry
+from network.ports import PortRegistry
 from network.rwlock import RWLock
 from network.status import Condition, Finding
 from network.store import NetworkStore
@@ -75,7 +76,8 @@ class BuiltInNetwork:
         It may be called again while no other call is running.
         """
         try:
-            await threads.in_network_thread(self._restore)
+            lost = await threads.in_network_thread(self._restore)
+            await self._write_lost(lost)
             self._mtu = self.options.mtu or await threads.in_network_thread(sysctl.uplink_mtu)
             self._check_mtu()
             if self._kernel is None:
@@ -239,27 +241,19 @@ class BuiltInNetwork:
         self._reservations.clear()
         self._book = Ipam(parse_ranges(self.options.pod_cidrs), self.options.quarantine_seconds)
 
-    def _restore(self) -> None:
+    def _restore(self) -> loading.LostHolds:
         self._forget()
         announced = self.store.pod_cidrs()
         if announced:
             self._book.use(parse_ranges(announced))
-        held: dict[str, list[tuple[IPNetwork, IPAddress]]] = {}
-        for row in self.store.addresses():
-            network, address = self._book.restore(row.pool, row.address, row.allocated_at, row.released_at)
-            if row.released_at is None:
-                held.setdefault(row.sandbox_id, []).append((network, address))
-        taken: dict[str, list[HostPort]] = {}
-        for sandbox_id, port in self.store.host_ports():
-            try:
-                self._ports.take(sandbox_id, [port])
-            except AlreadyExistsError as error:  # from a wrong row: it must not prevent the start
-                _log.error("sandbox %s: host ports: %s", sandbox_id[:13], error)
-                continue
-            taken.setdefault(sandbox_id, []).append(port)
-        for attachment in self.store.attachments():
-            key = attachment.sandbox_id
-            self._reservations[key] = Reservation(attachment, held.get(key, []), taken.get(key, []))
+        self._reservations, lost = loading.load(self.store, self._book, self._ports)
+        return lost
+
+    async def _write_lost(self, lost: loading.LostHolds) -> None:
+        try:
+            await self.store.add_held([(key, held.addresses, held.ports) for key, held in lost.items()])
+        except PodkeelError as error:  # memory has them, and the next start tries again
+            _log.error("network: rows of addresses or host ports cannot be written: %s", error)
 
     def _bridge_addresses(self) -> list[IPInterface]:
         """The gateways' addresses. If overlapping ranges share a gateway, it has the prefix of the largest."""

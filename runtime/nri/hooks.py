@@ -26,6 +26,7 @@ from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
 from runtime.nri.plugins.encoding import EventRequest
 from runtime.nri.plugins.plugin import Plugin
+from runtime.nri.plugins.ttrpc import shortened
 from runtime.nri.started import StartedPlugins
 from runtime.nri.views import Views
 from runtime.oci.handlers import Handlers
@@ -347,8 +348,9 @@ class NriHooks(Hooks):
 
     async def _evict(self, eviction: nri_pb2.ContainerEviction, plugin: str) -> None:
         container = self._visible(eviction.container_id)
-        container.evicted = f"evicted by NRI plugin {plugin}: {eviction.reason[:256] or 'no reason given'}"
-        _log.warning("nri: %s: evicted by plugin %s: %s", container.title, plugin, eviction.reason[:256])
+        reason = shortened(eviction.reason[:256]) or "no reason given"
+        container.evicted = f"evicted by NRI plugin {plugin}: {reason}"
+        _log.warning("nri: %s: evicted by plugin %s: %s", container.title, plugin, reason)
         await self._changing.end(container)
 
     def _visible(self, container_id: str) -> Container:

@@ -125,6 +125,17 @@ def test_a_plugin_s_error_is_one_short_line_of_the_log(agent: AgentProcess) -> N
     assert agent.log.stat().st_size - size < 10_000
 
 
+def test_the_reason_of_an_eviction_is_one_short_line_of_the_status(agent: AgentProcess) -> None:
+    _, container_id = run_container(agent, "sleep", "1000")
+    eviction = nri_pb2.ContainerEviction(container_id=container_id, reason="full\n\x1b[2J" + "e" * 10_000)
+    with connected(Recorder(agent.nri_socket)) as plugin:
+        plugin.update_containers(nri_pb2.UpdateContainersRequest(evict=[eviction]))
+    status = agent.client.status(container_id)
+    assert status.reason == "Evicted"
+    assert status.message.startswith(r"evicted by NRI plugin 10-recorder: full\n\x1b[2Je")
+    assert len(status.message) < 400
+
+
 class Raw:
     """A plugin that sends the messages of a test."""
 

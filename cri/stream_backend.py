@@ -49,7 +49,9 @@ class NodeBackend:
         container = self._agent.state.running_container(request.container_id)
         descriptors.require(f"exec in {container.title}")
         console_size = ConsoleSize(height=size.height, width=size.width) if size is not None else None
-        with self._agent.execution.call(container, request.command, terminal=request.tty, size=console_size) as call:
+        with await self._agent.execution.call(
+            container, request.command, terminal=request.tty, size=console_size
+        ) as call:
             streams = await _launch(call, request)
             try:
                 async with call.process() as process:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import msgspec
 
@@ -27,6 +27,10 @@ _CHUNK = 256 * 1024
 # How long to wait for the end of a killed process.
 _END_SECONDS = 5.0
 _PF_EXITING = 0x4  # include/linux/sched.h
+
+
+# The words of a command line, or a function that returns them, which may block and is called in a thread.
+Command: TypeAlias = Sequence[str] | Callable[[], Sequence[str]]
 
 
 class ProcessName(msgspec.Struct, frozen=True):
@@ -46,7 +50,7 @@ class Completed:
 
 
 def spawn(
-    command: Sequence[str],
+    command: Command,
     *,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
@@ -58,6 +62,7 @@ def spawn(
     entry are /dev/null. All others are closed in the child. ``title`` is shown in process lists instead of the
     program's path. Raises UnavailableError if the program is missing, OSError for other errors.
     """
+    words = command() if callable(command) else command
     with contextlib.ExitStack() as stack:
         # A number for the child may be a number here that is copied later: all are copied to high numbers first.
         lifted: dict[int, int] = {}
@@ -65,19 +70,21 @@ def spawn(
             lifted[child] = _lift(ours)
             stack.callback(os.close, lifted[child])
         try:
-            return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
+            return posix_spawn(words, title or words[0], os.environ if environment is None else environment, lifted)
         except FileNotFoundError as error:
             # Not NotFoundError: a caller that removes an object would take it as removed already.
-            raise UnavailableError(f"program {command[0]!r} is not installed or not on the PATH") from error
+            raise UnavailableError(f"program {words[0]!r} is not installed or not on the PATH") from error
 
 
 async def spawn_in_thread(
-    command: Sequence[str],
+    command: Command,
     *,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
 ) -> int:
     """As ``spawn``, but in a thread, so that the loop does not wait until the child executes its program.
+
+    The thread also calls ``command``, if that is a function: it may look at a file system that does not answer.
 
     If the caller is cancelled meanwhile, the child is killed and reaped.
     """
@@ -317,7 +324,7 @@ class Collector:
 
 
 async def run(
-    command: Sequence[str],
+    command: Command,
     *,
     stdin: bytes = b"",
     environment: Mapping[str, str] | None = None,
@@ -339,6 +346,13 @@ async def run(
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
+    words: Sequence[str] = ()
+
+    def made() -> Sequence[str]:
+        nonlocal words
+        words = command() if callable(command) else command
+        return words
+
     with contextlib.ExitStack() as stack:
         stdout = stack.enter_context(Collector(limit))
         stderr = stack.enter_context(Collector(limit))
@@ -349,7 +363,7 @@ async def run(
             if stdin:
                 mapping[0] = _memory_file(stdin)
                 child_ends.callback(os.close, mapping[0])
-            pid = await spawn_in_thread(command, environment=environment, descriptors=mapping)
+            pid = await spawn_in_thread(made, environment=environment, descriptors=mapping)
         pidfd = open_child(pid)
         watch_exit(pidfd, lambda: None if ended.done() else ended.set_result(None))
         try:
@@ -361,7 +375,7 @@ async def run(
             loop.remove_reader(pidfd)
             await end_child(pid, pidfd)
             if isinstance(error, TimeoutError):
-                raise DeadlineError(f"{command[0]} did not finish within {timeout:g} s") from error
+                raise DeadlineError(f"{words[0]} did not finish within {timeout:g} s") from error
             raise
         status = reap(pidfd)
         os.close(pidfd)
@@ -369,7 +383,7 @@ async def run(
         stderr.drain()
     completed = Completed(status if status is not None else 255, bytes(stdout.data), bytes(stderr.data))
     if check and completed.status != 0:
-        raise CommandError(command, completed.status, (completed.stderr or completed.stdout).decode(errors="replace"))
+        raise CommandError(words, completed.status, (completed.stderr or completed.stdout).decode(errors="replace"))
     return completed
 
 

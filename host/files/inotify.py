@@ -10,6 +10,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from host.concurrency.threads import in_fresh_thread
+
 _POLL_SECONDS = 0.05
 
 _IN_MODIFY = 0x2
@@ -81,8 +83,9 @@ async def _poll(condition: Callable[[], bool], timeout: float) -> bool:
 class FolderWatch:
     """Notices when entries of a folder are created, deleted or written. The folder itself need not exist.
 
-    If it does not exist, its nearest existing ancestor is watched. The constructor and ``wait`` raise OSError if the
-    kernel allows no more watches.
+    If it does not exist, its nearest existing ancestor is watched. Call ``start`` first. ``start`` and ``wait`` look at
+    the folder in a thread, because its file system may not answer. All raise OSError if the kernel allows no more
+    watches.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,20 +93,17 @@ class FolderWatch:
         self._descriptor = _open()
         self._watched: tuple[Path, int] | None = None
         self._changed = asyncio.Event()
-        self._error: OSError | None = None
-        try:
-            self._follow()
-            asyncio.get_running_loop().add_reader(self._descriptor, self._ready)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        asyncio.get_running_loop().add_reader(self._descriptor, self._ready)
+
+    async def start(self) -> None:
+        """Begin to watch."""
+        await in_fresh_thread(self._follow)
 
     async def wait(self) -> None:
         """Wait until the folder may have changed since the last call."""
         await self._changed.wait()
         self._changed.clear()
-        if self._error is not None:
-            raise self._error
+        await in_fresh_thread(self._follow)
 
     def close(self) -> None:
         """Stop watching."""
@@ -112,10 +112,6 @@ class FolderWatch:
 
     def _ready(self) -> None:
         os.read(self._descriptor, 65536)
-        try:
-            self._follow()
-        except OSError as error:
-            self._error = error
         self._changed.set()
 
     def _follow(self) -> None:

@@ -7,8 +7,10 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Self
 
 from host.concurrency.tasks import cancel_and_wait
+from host.concurrency.threads import in_network_thread
 from host.files.inotify import FolderWatch
 
 LOOK_AGAIN_SECONDS = 10.0
@@ -26,20 +28,14 @@ async def follow_configuration(
     logged = False
     while True:
         try:
-            watch = ConfigurationWatch(folder)
-        except OSError as error:
-            logged = _log_once(folder, error, logged=logged)
-        else:
-            try:
+            async with ConfigurationWatch(folder) as watch:
                 while True:
                     plugins = await reload()
                     # Read again: files may have been added before the watch began.
-                    if not watch.follow(plugins):
+                    if not await watch.follow(plugins):
                         await watch.wait()
-            except OSError as error:
-                logged = _log_once(folder, error, logged=logged)
-            finally:
-                watch.close()
+        except OSError as error:
+            logged = _log_once(folder, error, logged=logged)
         with contextlib.suppress(OSError):  # the next watch reports it
             await reload()
         await asyncio.sleep(look_again)
@@ -52,14 +48,30 @@ def _log_once(folder: Path, error: OSError, *, logged: bool) -> bool:
 
 
 class ConfigurationWatch:
-    """Watches ``folder``, and the folder of plugins set by ``follow``. Raises OSError if the kernel allows no watch."""
+    """Watches ``folder`` in an ``async with`` block, and the folder of plugins set by ``follow``.
+
+    Raises OSError if the kernel allows no watch.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._main = FolderWatch(folder)
         self._followed: Path | None = None
         self._plugins: FolderWatch | None = None
 
-    def follow(self, folder: Path | None) -> bool:
+    async def __aenter__(self) -> Self:
+        try:
+            await self._main.start()
+        except BaseException:
+            self._main.close()
+            raise
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._main.close()
+        if self._plugins is not None:
+            self._plugins.close()
+
+    async def follow(self, folder: Path | None) -> bool:
         """Watch this folder of plugins too, instead of the earlier one. Return whether files may have been added
         before the watch began."""
         if folder == self._followed:
@@ -71,8 +83,9 @@ class ConfigurationWatch:
         if folder is None:
             return False
         self._plugins = FolderWatch(folder)
+        await self._plugins.start()
         self._followed = folder
-        return folder.is_dir()
+        return await in_network_thread(folder.is_dir)
 
     async def wait(self) -> None:
         """Wait until a folder may have changed since the last call."""
@@ -83,9 +96,3 @@ class ConfigurationWatch:
                 task.result()
         finally:
             await cancel_and_wait(*waiting)
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._main.close()
-        if self._plugins is not None:
-            self._plugins.close()

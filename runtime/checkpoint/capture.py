@@ -70,7 +70,8 @@ class Capture:
         words += ["--leave-running", "--file-locks"]
         if not self._support.closes_connections:
             words.append("--tcp-established")
-        command = runtime.command(*words, container.id)
+        words.append(container.id)
+        command = runtime.command(*words)
         result = await run_to_its_end(command, self._support.environment(work / "criu.conf"), work / "output")
         if result.status == 0:
             return
@@ -78,7 +79,7 @@ class Capture:
         kept = await in_thread(criu_log.keep, work / documents.CRIU_LOG, self._options.failure_log_dir, container.id)
         require_running(container)
         if not why:
-            raise CommandError(command, result.status, plain_message(result.output))
+            raise CommandError(runtime.shown(*words), result.status, plain_message(result.output))
         kind = NoSpaceError if "No space left" in why else WrongStateError
         raise kind(f"{container.title} cannot be checkpointed: {why}{kept}")
 

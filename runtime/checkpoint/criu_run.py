@@ -12,7 +12,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Ended:
     output: str
 
 
-async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str], output: Path) -> Ended:
+async def run_to_its_end(command: processes.Command, environment: Mapping[str, str], output: Path) -> Ended:
     """Run a command that calls CRIU. Its output goes to the new file ``output``: a pipe would end with the agent.
 
     If the caller is cancelled, CRIU is made to fail. This waits for its end, so that all processes run as before. CRIU

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
 from host import processes
 from host.concurrency.abandonable import AbandonableThreads
+from host.concurrency.threads import in_thread
 from host.errors import (
     DeadlineError,
     InvalidArgumentError,
@@ -34,10 +36,11 @@ _MAX_HANGING = 64  # threads that wait for working directories on volumes, of co
 
 
 class _SpecProcess(msgspec.Struct):
-    process: config.Process
+    process: msgspec.Raw
 
 
 _decode_spec = msgspec.json.Decoder(_SpecProcess).decode
+_decode_process = msgspec.json.Decoder(config.Process).decode
 
 
 class ContainerExec:
@@ -63,10 +66,10 @@ class ContainerExec:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
         if timeout < 0:
             raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for no limit")
-        with self.call(container, command) as call:
+        with await self.call(container, command) as call:
             return await _run_to_end(call, command[0], timeout)
 
-    def call(
+    async def call(
         self,
         container: Container,
         command: Sequence[str],
@@ -78,10 +81,15 @@ class ContainerExec:
 
         Raises WrongStateError for a frozen container, in which the OCI runtime would be frozen too.
         """
+        if container.process is None:
+            try:
+                container.process = await in_thread(_read_process, container.folder.spec)
+            finally:
+                self._state.running_container(container.id)  # raises if it ended meanwhile
         if self._cgroups.is_frozen(container.record.cgroup):
             raise WrongStateError(f"{container.title} is frozen: thaw its cgroup before anything is executed in it")
         runtime = self._handlers.get(container.record.handler)
-        process = self._process(container, command)
+        process = _process(container, container.process, command)
         process.terminal = terminal
         process.console_size = size
         process.oom_score_adj = self._decided_score(container)
@@ -107,16 +115,6 @@ class ContainerExec:
         """The last configured oom_score_adj of a container's processes."""
         limits = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
         return oom_score_adj(limits, self._facts)
-
-    def _process(self, container: Container, command: Sequence[str]) -> config.Process:
-        """The OCI ``process`` object of a command in a container: the same as for its first process, except for the
-        arguments.
-        """
-        process = _decode_spec(container.folder.spec.read_bytes()).process
-        for word in command:
-            refuse_nul(word, f"{container.title}: the command")
-        process.args = list(command)
-        return process
 
     def _checked_directory(
         self, container: Container, runtime: OciRuntime, process: config.Process
@@ -169,3 +167,17 @@ async def _run_to_end(call: ExecCall, program: str, timeout: float) -> processes
         stdout.drain()
         stderr.drain()
         return processes.Completed(code, bytes(stdout.data), bytes(stderr.data))
+
+
+def _read_process(spec: Path) -> bytes:
+    """The ``process`` object of a container's spec. Blocks."""
+    return bytes(_decode_spec(spec.read_bytes()).process)
+
+
+def _process(container: Container, of_spec: bytes, command: Sequence[str]) -> config.Process:
+    """The OCI ``process`` object of a command: that of the container's first process, except for the arguments."""
+    process = _decode_process(of_spec)
+    for word in command:
+        refuse_nul(word, f"{container.title}: the command")
+    process.args = list(command)
+    return process

@@ -8,8 +8,9 @@ import re
 import shlex
 import shutil
 import termios
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class MonitorRequest:
 
     container_id: str
     name: str
-    runtime: str
+    runtime: Callable[[], str]
     runtime_arguments: Sequence[str]
     log: LogFile | None
     terminal: bool
@@ -96,7 +97,7 @@ class Monitors:
         self._layout = layout
 
     def _command(self, request: MonitorRequest, restoring: Restoring | None) -> list[str]:
-        silence = request.silence
+        silence, runtime = request.silence, request.runtime()
         if restoring is not None:
             silence = restoring.script + (silence or _RUN)
         folder = self._layout.container(request.container_id).path
@@ -105,7 +106,7 @@ class Monitors:
             "-n",
             _plain(request.name),
             "-r",
-            _SHELL if silence else request.runtime,
+            _SHELL if silence else runtime,
             "-b",
             str(folder),
             "-p",
@@ -114,7 +115,7 @@ class Monitors:
         command += ["--exit-dir", str(self._layout.exits), "--persist-dir", str(folder)]
         command += ["--sync", "--no-sync-log", "--full-attach"]
         command += ["-l", f"k8s-file:{LogLink(folder).path}" if request.log else "none"]
-        silenced = ["-c", silence, request.runtime] if silence else []
+        silenced = ["-c", silence, runtime] if silence else []
         for argument in (*silenced, *request.runtime_arguments):
             command += ["--runtime-arg", argument]
         if restoring is not None:
@@ -134,7 +135,7 @@ class Monitors:
         """
         folder = self._layout.container(request.container_id)
         return StartingMonitor(
-            self._command(request, restoring),
+            partial(self._command, request, restoring),
             folder,
             request.log,
             self.cgroup,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class StartingMonitor:
 
     def __init__(
         self,
-        command: Sequence[str],
+        command: Callable[[], Sequence[str]],
         folder: ContainerFolder,
         log: LogFile | None,
         cgroup: MonitorCgroup,
@@ -115,7 +115,8 @@ class StartingMonitor:
             self._log_descriptor = self._log.open()
             LogLink(self._folder.path).lead_to(self._log_descriptor)
         environment = {**(os.environ if self._environment is None else self._environment), **_ENVIRONMENT}
-        if not all(word.isascii() for word in self._command):
+        command = self._command()
+        if not all(word.isascii() for word in command):
             environment["LC_ALL"] = "C.UTF-8"  # otherwise conmon refuses its command line
         with contextlib.ExitStack() as child_ends:
             self._sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
@@ -128,7 +129,7 @@ class StartingMonitor:
             child_ends.callback(os.close, silent)
             descriptors = {0: silent, 1: silent, 2: complaints, SILENT_DESCRIPTOR: silent}
             descriptors |= {_SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read}
-            pid = processes.spawn(self._command, environment=environment, descriptors=descriptors)
+            pid = processes.spawn(command, environment=environment, descriptors=descriptors)
         self._pidfd = processes.open_child(pid)
         self._pid = pid
         return ProcessName(pid, processes.start_time(pid) or 0)

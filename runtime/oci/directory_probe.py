@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -24,8 +24,8 @@ DIRECTORY_BY_DESCRIPTOR = f"/proc/self/fd/{DIRECTORY_DESCRIPTOR}"
 class Runtime(Protocol):
     """The part of an OCI runtime that the test uses."""
 
-    def command(self, *words: str) -> list[str]:
-        """The complete command line."""
+    def command(self, *words: str) -> Callable[[], list[str]]:
+        """A function that returns the complete command line."""
 
 
 class DirectoryBehaviour(msgspec.Struct, frozen=True):

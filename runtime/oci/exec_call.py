@@ -157,7 +157,6 @@ class ExecCall:
                 self._descriptors |= self.console.descriptors
             self._stack = stack.pop_all()
 
-    @property
     def _command(self) -> list[str]:
         # The OCI runtime writes its own errors to its log, so that they are never mixed with the process's output.
         runtime, log = self._runtime, f"/proc/self/fd/{_LOG_DESCRIPTOR}"
@@ -167,7 +166,7 @@ class ExecCall:
         if self.console is not None:
             words += ["--console-socket", self.console.path]
         prefix = [*_with_oom_score_adj(self._oom_score_adj), *runtime.exec_prefix]
-        return [*prefix, runtime.executable, *options, *words, self._container_id]
+        return [*prefix, runtime.executable(), *options, *words, self._container_id]
 
     async def launch(self, descriptors: Mapping[int, int]) -> None:
         """Start the OCI runtime. The process gets ``descriptors`` as standard streams, null devices for the others."""

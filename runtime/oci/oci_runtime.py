@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -133,9 +133,8 @@ class OciRuntime:
                 raise NotFoundError(f"runtime handler {self.name!r}: program {self.options.path!r} is not installed")
         return self._program
 
-    @property
     def executable(self) -> str:
-        """The path to execute: the program, or its copy in memory, which starts sooner."""
+        """The path to execute: the program, or its copy in memory, which starts sooner. Blocks."""
         if self._sealed is not None:
             try:
                 return self._sealed.path()
@@ -160,9 +159,13 @@ class OciRuntime:
         arguments = [*self.options.arguments, "--root", str(self.root)]
         return [*arguments, "--systemd-cgroup"] if self.systemd_cgroup else arguments
 
-    def command(self, *words: str) -> list[str]:
-        """The complete command line."""
-        return [self.executable, *self.arguments, *words]
+    def command(self, *words: str) -> Callable[[], list[str]]:
+        """A function that returns the complete command line. It blocks: ``processes`` calls it in a thread."""
+        return lambda: [self.executable(), *self.arguments, *words]
+
+    def shown(self, *words: str) -> list[str]:
+        """The command line for messages."""
+        return [self.program, *self.arguments, *words]
 
     async def start(self, container_id: str) -> None:
         """Start a created container. Raises CommandError."""
@@ -173,10 +176,10 @@ class OciRuntime:
 
         Raises CommandError.
         """
-        command = self.command("delete", "--force", container_id)
-        result = await processes.run(command, timeout=_COMMAND_SECONDS, check=False)
+        words = ("delete", "--force", container_id)
+        result = await processes.run(self.command(*words), timeout=_COMMAND_SECONDS, check=False)
         if result.status != 0 and (self.root / container_id).exists():
-            raise CommandError(command, result.status, result.stderr.decode(errors="replace"))
+            raise CommandError(self.shown(*words), result.status, result.stderr.decode(errors="replace"))
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Change limits: ``resources`` is the OCI ``linux.resources`` object as JSON. Raises CommandError."""

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
 _MFD_EXEC = 0x10  # required since Linux 6.3, unknown before
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+_PATIENCE_SECONDS = 1.0
+
+_log = logging.getLogger("podkeel.runtime")
 
 _Version = tuple[int, int, int, int]
 
@@ -26,14 +32,30 @@ class SealedProgram:
         self._link = link
         self._descriptor = -1
         self._version: _Version | None = None
+        self._checking = threading.Lock()
+        self._unanswered = False
 
     def path(self) -> str:
-        """The path to execute.
+        """The path to execute. Blocks; any thread may call it.
+
+        If an earlier call hangs, because the file system of the original does not answer, the copy is used as it is.
 
         Raises OSError: the original is missing or cannot be copied, or (ETXTBSY) a process has the copy open for
         writing. A container can open it through an OCI runtime inside the container. It cannot write anything, but the
         kernel does not execute a file that is open for writing.
         """
+        if not self._checking.acquire(timeout=0 if self._unanswered else _PATIENCE_SECONDS):
+            if not self._unanswered:
+                self._unanswered = True
+                _log.warning("program %s: its file system does not answer: using the copy in memory", self._original)
+            return str(self._link)
+        try:
+            return self._checked_path()
+        finally:
+            self._unanswered = False
+            self._checking.release()
+
+    def _checked_path(self) -> str:
         status = self._original.stat()
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if version != self._version:

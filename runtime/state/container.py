@@ -73,7 +73,8 @@ class Container:
     to its first process while that ran. ``evicted`` has the NRI plugin that ended it, and the reason. ``stops`` counts
     the calls that wait for its end now, and ``stop_deadline`` is their earliest deadline, on the loop's clock.
     ``log_lock`` serialises openings of its log. ``checkpoint`` is the work that may keep it frozen now; a stop cancels
-    it first. ``attached`` is the number of attached clients.
+    it first. ``attached`` is the number of attached clients. ``process`` is the ``process`` object of its spec as JSON.
+    It is read when the first command is executed in the container.
     ``limited`` is a digest of the spec whose limits the cgroup of a container to be restored has. ``restoring`` is
     there while CRIU restores it, and set then.
     """
@@ -93,6 +94,7 @@ class Container:
     monitor_descriptor: int | None = None
     checkpoint: asyncio.Future[int] | None = None
     attached: int = 0
+    process: bytes | None = None
     limited: bytes = b""
     restoring: asyncio.Event | None = None
     stops: int = 0

@@ -44,7 +44,8 @@ PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 LEVELS = {
     "host": (
         "errors libc quantities systemd untrusted_json",
-        "concurrency files kept_rows listener scheduling seccomp stages",
+        "concurrency kept_rows listener scheduling seccomp stages",
+        "files",
         "cgroups children database",
         "database_copy processes",
         "subreaper",
@@ -65,12 +66,12 @@ LEVELS = {
     ),
     "images": (
         "oci options schema unpack/tar usage",
-        "image signatures unpack/writing",
+        "image serving signatures unpack/writing",
         "content",
         "unpack",
         "layers",
         "disk_usage image_rows outgoing snapshots",
-        "archives registry serving store",
+        "archives registry store",
         "checker exporter puller",
         "images",
     ),

@@ -38,9 +38,9 @@ async def set_limits(container: Container, runtime: OciRuntime) -> None:
     name = f"limits-{secrets.token_hex(8)}"
     await in_thread(_write_bundle, folder, container.folder.spec)
     words = ("create", "--bundle", str(folder), "--pid-file", str(folder / "pid"), name)
-    command = [runtime.executable, *runtime.options.arguments, "--root", str(folder / "state"), *words]
+    options = (*runtime.options.arguments, "--root", str(folder / "state"))
     try:
-        await processes.run(command, timeout=_SECONDS)
+        await processes.run(lambda: (runtime.executable(), *options, *words), timeout=_SECONDS)
     finally:
         await _end(folder)
         for complaint in await in_thread(remove_tree, folder):

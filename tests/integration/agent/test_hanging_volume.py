@@ -34,7 +34,7 @@ class Silent:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         self._server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         libc.mount("silent", str(path), "fuse", 0, f"fd={self._server},rootmode=40000,user_id=0,group_id=0")
 

@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import AgentProcess, running_agent
+from tests.integration.agent.test_hanging_volume import Silent, threads
+from tests.support.agent import SOON, AgentProcess, running_agent, wait_for
 from tests.support.pods import container_config, remove_all_pods, sandbox_config
 
 
@@ -21,7 +22,9 @@ def program(tmp_path: Path) -> Path:
     real = shutil.which("crun")
     if real is None:
         pytest.skip("crun is not installed")
-    return Path(shutil.copy(real, tmp_path / "own-crun"))
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    return Path(shutil.copy(real, folder / "own-crun"))
 
 
 @pytest.fixture
@@ -56,6 +59,30 @@ def test_a_replaced_program_is_the_one_used_next(agent: AgentProcess, program: P
         agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
     kept.rename(program)
     agent.client.start(agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox))
+
+
+def test_one_call_waits_for_a_file_system_that_does_not_answer_and_others_use_the_copy(
+    agent: AgentProcess, program: Path
+) -> None:
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this kernel has no FUSE")
+    client, sandbox = agent.client, sandbox_config(agent)
+    sandbox_id = client.run_sandbox(sandbox)
+    silent = Silent(program.parent)
+    try:
+        config = container_config("first", "sleep", "1000")
+        request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
+        first = client.future("CreateContainer", request)
+        wait_for(lambda: threads(agent), what="a thread that hangs")
+        client.call("Version", cri_pb2.VersionRequest())
+        container_id = client.create(sandbox_id, container_config("second", "sleep", "1000"), sandbox)
+        client.start(container_id)
+        assert client.output(container_id, "echo", "here") == "here\n"
+        client.remove(container_id)
+        assert not first.done()
+    finally:
+        silent.end()
+    client.start(first.result(SOON).container_id)
 
 
 def test_a_restarted_agent_makes_a_new_copy(agent: AgentProcess) -> None:

@@ -51,7 +51,7 @@ def _children() -> set[str]:
 
 def _monitor(tmp_path: Path, *command: str) -> StartingMonitor:
     cgroup = MonitorCgroup(CgroupTree(2, "cgroupfs"), "", "")  # without open() nothing enters it
-    return StartingMonitor(command, ContainerFolder(tmp_path / "container"), None, cgroup)
+    return StartingMonitor(lambda: command, ContainerFolder(tmp_path / "container"), None, cgroup)
 
 
 async def _abandon(monitor: StartingMonitor, others: set[str]) -> None:

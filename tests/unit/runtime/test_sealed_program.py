@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,30 @@ def test_a_missing_original_is_an_error(sealed: SealedProgram, original: Path) -
     original.unlink()
     with pytest.raises(FileNotFoundError):
         sealed.path()
+
+
+def test_the_copy_is_used_while_the_file_system_of_the_original_does_not_answer(
+    sealed: SealedProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, answers, asked = sealed.path(), threading.Event(), threading.Event()
+    stat = Path.stat
+
+    def wait(path: Path) -> os.stat_result:
+        asked.set()
+        answers.wait()
+        return stat(path)
+
+    monkeypatch.setattr(Path, "stat", wait)
+    hanging = threading.Thread(target=sealed.path)
+    hanging.start()
+    try:
+        asked.wait()
+        assert sealed.path() == path
+        assert hanging.is_alive()
+    finally:
+        answers.set()
+        hanging.join()
+    assert _output(sealed.path()) == "first word\n"
 
 
 def test_a_new_process_takes_over_the_path_of_an_old_one(original: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ _LIVE = {
         *("registry_config_dir", "insecure_registries", "credentials_file", "credential_helper_seconds"),
         *("connect_seconds", "stall_seconds", "attempts", "slowest_bytes_per_second", "slow_seconds"),
         *("max_layer_bytes", "max_layer_entries", "max_layer_seconds", "max_image_bytes", "max_archive_bytes"),
-        *("verifier_dir", "verifier_seconds", "pinned", "keep_blobs", "min_free"),
+        *("verifier_dir", "verifier_seconds", "pinned", "keep_blobs", "min_free", "partial_pulls"),
         *("signature_policy", "registries_dir", "accept_unnamed_signatures"),
     ),
     "runtime": (

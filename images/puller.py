@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from host.concurrency.threads import in_image_thread, in_long_thread
 from host.errors import InvalidArgumentError, KubeletReasonError, LimitError, NodeLimitError
 from host.stages import Operation
 from images.archives.reader import ImageArchive
+from images.content.layer_source import LayerSource, RelatedBlobs
 from images.content.progress import PullProgress, RunningPull
 from images.content.source import Candidate
 from images.image import Image, check_linux
@@ -42,7 +44,11 @@ class PullPlan:
 
 
 class ImagePuller:
-    """Brings images into ``store``. ``fetched_bytes`` counts the bytes received from registries since the start."""
+    """Brings images into ``store``.
+
+    ``fetched_bytes`` counts the bytes received from registries since the start, ``reused_bytes`` those that partial
+    pulls took from kept layers instead.
+    """
 
     def __init__(self, store: ImageStore, options: ImageOptions, data_dir: Path, layers: LayerStore) -> None:
         self._store = store
@@ -54,6 +60,7 @@ class ImagePuller:
         )
         self._running_pulls: list[RunningPull] = []
         self.fetched_bytes = 0
+        self.reused_bytes = 0
 
     async def close(self) -> None:
         """Cancel running pulls with their clean-up."""
@@ -83,18 +90,39 @@ class ImagePuller:
         running = RunningPull(str(name))
         self._running_pulls.append(running)
         try:
-            async with pulling.fetch(self._options, name, credentials, known_digests, operation) as candidate:
-                if candidate is not None:
+            async with pulling.fetch(self._options, name, credentials, known_digests, operation) as found:
+                if found is not None:
+                    candidate = replace(found, related=self._related(name))
                     running.sources = candidate.layer_sources()
                     try:
-                        return await self._install(candidate, operation)
+                        return await self._install(candidate, running.sources, operation)
                     finally:
                         self.fetched_bytes += candidate.transferred()
+                        self.reused_bytes += sum(source.tally.reused for source in running.sources)
         finally:
             self._running_pulls.remove(running)
         if known is not None and (present := self._store.find(known.id)) is not None:
             return present
         return await self._pull(name, credentials)  # the image was removed while the registry answered
+
+    def _related(self, name: Reference) -> RelatedBlobs:
+        """The kept blobs of images of the same registry.
+
+        Not of others: a registry sees which ranges it is not asked for, and so which files the node has.
+        """
+        near: dict[str, None] = {}
+        far: dict[str, None] = {}
+        for image in reversed(self._store.images()):
+            names = [*image.repo_tags, *image.repo_digests]
+            if not any(text.startswith(f"{name.domain}/") for text in names):
+                continue
+            same = any(text.startswith((f"{name.repository}:", f"{name.repository}@")) for text in names)
+            found = near if same else far
+            for number in image.layers:
+                layer = self._layers.get(number)
+                if layer is not None and layer.blob_digest:
+                    found[layer.blob_digest] = None
+        return RelatedBlobs(tuple(near), tuple(digest for digest in far if digest not in near))
 
     def pulls(self) -> list[PullProgress]:
         """The progress of each running pull, oldest first."""
@@ -136,26 +164,28 @@ class ImagePuller:
             async with operation.stage("manifest"):
                 await in_long_thread(archive.open)
                 candidates = await in_long_thread(archive.candidates, reference)
-            return [await self._install(candidate, operation) for candidate in candidates]
+            return [await self._install(candidate, candidate.layer_sources(), operation) for candidate in candidates]
         finally:
             archive.close()
 
-    async def _install(self, candidate: Candidate, operation: Operation) -> Image:
+    async def _install(self, candidate: Candidate, sources: Sequence[LayerSource], operation: Operation) -> Image:
         """Unpack the missing layers of the image, then publish it."""
         try:
-            return await self._install_layers(candidate, operation)
+            return await self._install_layers(candidate, sources, operation)
         except NodeLimitError:
             raise  # the fetched bytes are valid
         except (InvalidArgumentError, LimitError) as error:
             await self._layers.drop_fetched([layer.digest for layer in candidate.layers], error)
             raise
 
-    async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:
+    async def _install_layers(
+        self, candidate: Candidate, sources: Sequence[LayerSource], operation: Operation
+    ) -> Image:
         check_linux(candidate.config, candidate.subject)
         layers: list[Layer] = []
         try:
             async with operation.stage("layers"):
-                layers = await self._layers.obtain_all(candidate.layer_sources(), candidate.subject)
+                layers = await self._layers.obtain_all(sources, candidate.subject)
             async with operation.stage("commit"):
                 return await self._store.commit(candidate, tuple(layers))
         finally:

@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from cli.images.layers import digest_of, sums
+from cli.images.layers import digest_of, reused, sums
 from cli.text import duration, size
 from proto.podkeel.v1 import agent_pb2
 
@@ -65,7 +65,9 @@ class PullBars:
         done = sum(layer.state == _DONE for layer in message.layers)
         rate = sum(task.speed or 0.0 for task in self._bars.tasks if task.fields["state"] == _RUNNING)
         amount = f"{size(received)} of {size(total)}{_pace(rate, total - received)}"
-        return Text(f"{done} of {len(message.layers)} layers, {amount}", no_wrap=True, overflow="crop")
+        return Text(
+            f"{done} of {len(message.layers)} layers, {amount}{reused(message.layers)}", no_wrap=True, overflow="crop"
+        )
 
 
 class _Amount(ProgressColumn):

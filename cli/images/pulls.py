@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cli.connect import connect
 from cli.images.images import credentials
-from cli.images.layers import digest_of, sums
+from cli.images.layers import digest_of, reused, sums
 from cli.text import age, size, table
 from host.errors import PodkeelError
 from proto.podkeel.v1 import agent_pb2
@@ -74,7 +74,8 @@ class _Lines:
         for layer in message.layers:
             if layer.state == _DONE and layer.digest not in self._printed:
                 self._printed.add(layer.digest)
-                text = f"layer {digest_of(layer)} is complete, {size(layer.size)} ({done} of {len(message.layers)})"
+                amount = f"{size(layer.size)}{reused([layer])}"
+                text = f"layer {digest_of(layer)} is complete, {amount} ({done} of {len(message.layers)})"
                 print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:

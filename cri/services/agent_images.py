@@ -39,10 +39,12 @@ class ImageCalls:
         credentials = credentials_of(request.auth) if request.HasField("auth") else None
         reference = str(parse(request.reference))
         told = agent_pb2.PullProgress()
+        seen: PullProgress | None = None
         pulling = asyncio.create_task(self._images.puller.pull(request.reference, credentials))
         try:
             while not (await asyncio.wait((pulling,), timeout=_PROGRESS_SECONDS))[0]:
                 now = next((pull for pull in self._images.puller.pulls() if pull.reference == reference), None)
+                seen = now or seen
                 if now is not None and (message := _progress(now)) != told:
                     told = message
                     yield told
@@ -51,9 +53,13 @@ class ImageCalls:
             pulling.cancel()
             await asyncio.wait((pulling,))
         last = agent_pb2.PullProgress(reference=reference, started=told.started, image_id=image.id)
-        for layer in told.layers:
+        for layer in seen.layers if seen is not None else ():
             last.layers.add(
-                digest=layer.digest, state=agent_pb2.LayerProgress.DONE, size=layer.size, received=layer.size
+                digest=layer.digest,
+                state=agent_pb2.LayerProgress.DONE,
+                size=layer.size,
+                received=layer.size,
+                reused=layer.reused,
             )
         yield last
 
@@ -148,7 +154,13 @@ class ImageCalls:
 def _progress(pull: PullProgress) -> agent_pb2.PullProgress:
     message = agent_pb2.PullProgress(reference=pull.reference, started=pull.started)
     for layer in pull.layers:
-        message.layers.add(digest=layer.digest, state=_STATES[layer.state], size=layer.size, received=layer.received)
+        message.layers.add(
+            digest=layer.digest,
+            state=_STATES[layer.state],
+            size=layer.size,
+            received=layer.received,
+            reused=layer.reused,
+        )
     return message
 
 

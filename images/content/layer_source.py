@@ -10,10 +10,29 @@ from images.oci.manifests import Descriptor
 
 
 @dataclass(frozen=True, slots=True)
+class RelatedBlobs:
+    """Digests of kept blobs that may have files of a missing layer, the latest first.
+
+    They are of images of the same registry: ``near`` of the same repository, ``far`` of others.
+    """
+
+    near: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a transfer took from this node: ``reused`` bytes."""
+
+    reused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSource:
     """The source of a missing layer: its expected digests, and a function that starts its transfer at a byte.
 
-    If it is ``resumable``, the bytes of an interrupted transfer are kept.
+    If it is ``resumable``, the bytes of an interrupted transfer are kept. ``ranges`` starts the transfer of the bytes
+    from the first number to before the second; None if the source has no ranges.
     """
 
     descriptor: Descriptor
@@ -23,6 +42,9 @@ class LayerSource:
     subject: str
     resumable: bool
     origin: Origin = field(default_factory=Origin)
+    ranges: Callable[[int, int], AsyncGenerator[bytes, None]] | None = None
+    related: RelatedBlobs = field(default_factory=RelatedBlobs)
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def key(self) -> tuple[str, str]:

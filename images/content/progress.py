@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from images.content.ingest import PartialBlob
-from images.content.layer_source import LayerSource
+from images.content.layer_source import LayerSource, Tally
 from images.content.slots import Slot
 
 
@@ -30,6 +30,12 @@ class LayerProgress:
     state: LayerState
     size: int
     received: int
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def reused(self) -> int:
+        """The bytes that were not fetched, as kept layers had them."""
+        return min(self.tally.reused, self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +66,18 @@ class Transfer:
     source: LayerSource
     received: int | None = None
 
+    def took(self, size: int, *, from_node: bool = False) -> None:
+        """Count bytes of the layer. ``from_node``: a partial pull took them from kept blobs."""
+        self.received = (self.received or 0) + size
+        if from_node:
+            self.source.tally.reused += size
+
     async def chunks(self, partial: PartialBlob | None, slot: Slot) -> AsyncGenerator[bytes, None]:
         """The chunks of the layer, counted: first those on the disk, then those from the network.
 
         ``slot`` measures the rate of the latter.
         """
-        self.received = 0
+        self.received = self.source.tally.reused = 0
         begin = partial.size if partial is not None else 0
         if partial is not None:
             async with contextlib.aclosing(partial.chunks()) as chunks:
@@ -102,6 +114,6 @@ class Transfers:
         transfer = self._transfers.get(source.key)
         received = transfer.received if transfer is not None else None
         if there:
-            return LayerProgress(source.descriptor.digest, LayerState.DONE, size, size)
+            return LayerProgress(source.descriptor.digest, LayerState.DONE, size, size, source.tally)
         state = LayerState.WAITING if received is None else LayerState.RUNNING
-        return LayerProgress(source.descriptor.digest, state, size, received or 0)
+        return LayerProgress(source.descriptor.digest, state, size, min(received or 0, size), source.tally)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from host.errors import InvalidArgumentError
-from images.content.layer_source import LayerSource
+from images.content.layer_source import LayerSource, RelatedBlobs
 from images.content.slots import Origin
 from images.image import ConfigFile
 from images.oci import digests
@@ -18,7 +18,8 @@ from images.oci.manifests import Descriptor
 class Candidate:
     """``names`` are the tags and digest references it gets. ``open_layer`` transfers a layer, starting at a byte of it.
 
-    ``transferred`` returns the bytes of layers received over the network so far. ``resumable`` is as in LayerSource.
+    ``transferred`` returns the bytes of layers received over the network so far. ``resumable`` and ``related`` are as
+    in LayerSource; ``open_range`` transfers the bytes of a layer from the first number to before the second.
     """
 
     subject: str
@@ -31,6 +32,8 @@ class Candidate:
     transferred: Callable[[], int] = lambda: 0
     resumable: bool = False
     origin: Origin = field(default_factory=Origin)
+    open_range: Callable[[Descriptor, int, int], AsyncGenerator[bytes, None]] | None = None
+    related: RelatedBlobs = field(default_factory=RelatedBlobs)
 
     @property
     def id(self) -> str:
@@ -54,6 +57,8 @@ class Candidate:
                 f"{self.subject}: layer {index + 1} of {len(diff_ids)} ({descriptor.digest or diff_ids[index]})",
                 self.resumable,
                 self.origin,
+                functools.partial(self.open_range, descriptor) if self.open_range is not None else None,
+                self.related,
             )
             for index, descriptor in enumerate(self.layers)
         ]

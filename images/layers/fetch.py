@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from host.concurrency.threads import in_image_thread
-from host.errors import InvalidArgumentError
+from host.errors import InvalidArgumentError, NodeLimitError, NoSpaceError, PodkeelError
+from images.chunked.partial import assembled, may_be_partial
 from images.content.disk_sync import DiskSync
 from images.content.free_space import FreeSpace
 from images.content.ingest import PartialBlob, PartialBlobs, new_blob
@@ -27,9 +28,16 @@ class LayerFetcher:
     """Fetches and unpacks layers, as many at the same time as ``slots`` allows."""
 
     def __init__(
-        self, options: ImageOptions, partials: PartialBlobs, trash: Trash, disk: DiskSync, free_space: FreeSpace
+        self,
+        options: ImageOptions,
+        partials: PartialBlobs,
+        trash: Trash,
+        disk: DiskSync,
+        free_space: FreeSpace,
+        blob_path: Callable[[str], Path],
     ) -> None:
         self._options = options
+        self._blob_path = blob_path
         self._disk = disk
         self._partials = partials
         self._trash = trash
@@ -48,7 +56,8 @@ class LayerFetcher:
 
         Afterwards its blob is at ``incoming``, and also in the partial blobs if the source is resumable. Bytes on the
         disk are used first: the partial blob, or the blob at ``kept``, which another layer may have. If they are
-        damaged, the whole layer is fetched. No file is opened before the layer has its slot.
+        damaged, the whole layer is fetched. No file is opened before the layer has its slot. If there are none, and
+        the layer can be put together from kept layers, only the rest is fetched.
         """
         source = transfer.source
         async with AsyncExitStack() as stack:
@@ -60,6 +69,8 @@ class LayerFetcher:
             keep = None
             if alone:
                 keep = await stack.enter_async_context(self._partials.opened(source.descriptor.digest, kept))
+                if not keep.size and (made := await self._partial(transfer, slot, folder, incoming)) is not None:
+                    return made
             elif self._options.keep_blobs:
                 keep = await stack.enter_async_context(new_blob(incoming))
             unpacked = await self._fetch_again_if_damaged(transfer, slot, folder, keep)
@@ -67,6 +78,38 @@ class LayerFetcher:
                 # A separate hard link, because other pulls may now resume or delete the partial blob.
                 await in_image_thread(incoming.hardlink_to, keep.path)
         return unpacked
+
+    async def _partial(self, transfer: Transfer, slot: Slot, folder: Path, incoming: Path) -> Unpacked | None:
+        """Put the layer together, as ``fetch``; None, and nothing is left, if it has to be fetched whole."""
+        source = transfer.source
+        if not self._options.partial_pulls or not may_be_partial(source):
+            return None
+        parts = incoming.with_name(f"{incoming.name}.parts")
+        try:
+            async with assembled(self._options, transfer, slot, parts, self._blob_path) as layer:
+                if layer is None:
+                    return None
+                await in_image_thread(folder.mkdir, mode=0o755, parents=True)
+                async with new_blob(incoming) as keep:
+                    with self._disk.ahead():
+                        unpacked = await self._worker().unpack(
+                            layer.chunks(), layer.descriptor, folder, keep, source.subject
+                        )
+            if unpacked.diff_id == source.diff_id:
+                return unpacked
+            _log.warning("%s: partial pull: unpacked, its digest is %s", source.subject, unpacked.diff_id)
+        except (NoSpaceError, NodeLimitError):
+            raise
+        except (PodkeelError, OSError) as error:
+            _log.warning("%s: partial pull: failed, fetching the whole layer: %s", source.subject, error)
+        finally:
+            await self._throw(parts)
+        await self._throw(folder, incoming)
+        return None
+
+    async def _throw(self, *paths: Path) -> None:
+        if any(await in_image_thread(lambda: [self._trash.throw(path) for path in paths])):
+            self._trash.wake()
 
     async def _fetch_again_if_damaged(
         self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None

@@ -19,6 +19,7 @@ from host.errors import (
     NotFoundError,
     PermissionDeniedError,
     PodkeelError,
+    UnsupportedError,
 )
 from images.oci import digests
 from images.oci.manifests import MANIFEST_TYPES, MAX_MANIFEST_BYTES, OCI_INDEX, Descriptor
@@ -148,14 +149,18 @@ class RegistryClient:
         self.transferred += len(content)
         return content
 
-    async def blob(self, descriptor: Descriptor, begin: int = 0) -> AsyncGenerator[bytes, None]:
-        """The bytes of a blob from ``begin`` on, unverified. Resumes the transfer if the connection breaks."""
+    async def blob(self, descriptor: Descriptor, begin: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
+        """The bytes of a blob from ``begin`` on, unverified. Resumes the transfer if the connection breaks.
+
+        With ``end``, exactly the bytes before it; raises UnsupportedError if the host does not send such a range.
+        """
+        last = descriptor.size if end is None else end
         received = begin
         failures = 0
         while True:
             begin = received
             try:
-                open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
+                open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received, end=end)
                 with self._rate.waiting():
                     response, first = await self._first("pull", open_here)
                 watched = self._rate.watched(self._body_of(response, descriptor, first))
@@ -163,11 +168,14 @@ class RegistryClient:
                     async for chunk in chunks:
                         received += len(chunk)
                         self.transferred += len(chunk)
+                        if end is not None and received >= end:
+                            yield chunk[: len(chunk) - (received - end)]
+                            return
                         yield chunk
                         self._check_rate(descriptor, response)
-                if received >= descriptor.size:
+                if received >= last:
                     return
-                raise aiohttp.ClientPayloadError(f"{received} of {descriptor.size} bytes were received")
+                raise aiohttp.ClientPayloadError(f"{received} of {last} bytes were received")
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 if received >= descriptor.size:
                     return  # only the end of the response is missing
@@ -296,13 +304,21 @@ class RegistryClient:
                     raise UnreachableError(f"it is too slow: {slow} (images.slowest_bytes_per_second)")
 
     async def _open_blob(
-        self, host: ConnectedHost, descriptor: Descriptor, offset: int
+        self, host: ConnectedHost, descriptor: Descriptor, offset: int, end: int | None = None
     ) -> tuple[aiohttp.ClientResponse, int]:
         """Request the blob. Returns the response, and the offset where it begins: ``offset`` or less.
 
-        If a host does not send exactly the requested range, this requests the whole blob.
+        If a host does not send exactly the requested range, this requests the whole blob; with ``end`` it raises
+        UnsupportedError instead.
         """
         path = f"/blobs/{descriptor.digest}"
+        if end is not None:
+            headers = {"Range": f"bytes={offset}-{end - 1}"}
+            response = await self._connection.request(host, "GET", path, headers, good=_ANSWERS_TO_RANGES)
+            if response.status != 206 or first_byte(response) != offset:
+                response.close()
+                raise UnsupportedError(f"{host.config.address} sends no ranges of blob {descriptor.digest}")
+            return response, offset
         if offset:
             headers = {"Range": f"bytes={offset}-"}
             response = await self._connection.request(host, "GET", path, headers, good=_ANSWERS_TO_RANGES)

@@ -123,6 +123,7 @@ async def _candidate(client: RegistryClient, name: Reference, top: FetchedManife
         transferred=lambda: client.transferred,
         resumable=True,
         origin=Origin(name.domain),
+        open_range=functools.partial(RegistryClient.blob, client),
     )
 
 

@@ -76,7 +76,7 @@ class Unpacker:
             feed = WorkerFeed(write_end, keep, descriptor, self._threads, time_limit)
             stack.callback(feed.close)
             compiled = await self._in_thread(worker_filter)
-            arguments = (*_module_paths(), str(process_count), str(folder), *self._limits, compiled.hex())
+            arguments = (*module_paths(), str(process_count), str(folder), *self._limits, compiled.hex())
             run = processes.run(
                 (sys.executable, "-I", "-S", "-c", START, *arguments),
                 descriptors={0: read_end, _LIFELINE: lifeline},
@@ -145,7 +145,7 @@ def _wait_closed(lifeline: int) -> None:
         pass
 
 
-def _module_paths() -> tuple[str, str]:
+def module_paths() -> tuple[str, str]:
     """The folders from which the worker imports this program and the decompressors."""
     spec = importlib.util.find_spec("isal") or importlib.util.find_spec("zstandard")
     packages = Path(spec.origin).parent.parent if spec is not None and spec.origin else Path()

@@ -96,7 +96,7 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
         reader: Any = _GzipReader(buffered, _GZIP_READ)
         return _checked(io.BufferedReader(reader).read1)
     if source.frames is not None:
-        decompressor = _zstd().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        decompressor = zstd_module().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
         plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
         return _whole(_checked(plain.read), source.frames)
     for mark, name in _OTHERS.items():
@@ -142,7 +142,7 @@ def _whole(read: Callable[[int], bytes], frames: ZstdFrames) -> Callable[[int], 
     return checked
 
 
-def _zstd() -> Any:
+def zstd_module() -> Any:
     """The C module of zstandard alone if possible, because the package imports much that is not needed here."""
     from importlib.machinery import PathFinder
 

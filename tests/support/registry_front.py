@@ -93,7 +93,7 @@ class Front:
                 wanted = ("Location", "Content-Type", "Content-Length", "Docker-Content-Digest", "Content-Range")
                 kept = {name: value for name, value in upstream.headers.items() if name in wanted}
                 if self.range_answer and asked and "/blobs/" in request.path:
-                    return self.range_answer(int(asked.removeprefix("bytes=").rstrip("-")), await upstream.read())
+                    return self.range_answer(int(asked.removeprefix("bytes=").partition("-")[0]), await upstream.read())
                 response = web.StreamResponse(status=upstream.status, headers=kept)
                 await response.prepare(request)
                 if request.method == "HEAD":

@@ -69,6 +69,7 @@ LEVELS = {
         "image serving signatures unpack/writing",
         "content",
         "unpack",
+        "chunked",
         "layers",
         "disk_usage image_rows outgoing snapshots",
         "archives registry store",

@@ -50,8 +50,8 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     With ``keep_blobs`` the compressed layers stay on disk beside the unpacked ones: checking, repairing and exporting
     an image need them. The fetched bytes of an interrupted pull then stay for ``partial_hours``, and the next pull
-    continues from them. With ``partial_pulls`` a layer in the format zstd:chunked is put together from kept layers of
-    the same registry, and only the rest of it is fetched.
+    continues from them. With ``partial_pulls`` a layer in the format zstd:chunked or eStargz is put together from kept
+    layers of the same registry, and only the rest of it is fetched.
 
     Every program in ``verifier_dir`` must allow an image before it is pulled, in containerd's protocol, and must answer
     within ``verifier_seconds``. Empty: no program is asked. Imported archives are never verified.

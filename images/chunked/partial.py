@@ -14,10 +14,10 @@ from pathlib import Path
 
 from host.concurrency.threads import acquired, in_image_thread, in_long_thread
 from host.errors import InvalidArgumentError
-from images.chunked.places import TocPlace, announced, kept_place
+from images.chunked.places import TocPlace, announced, estargz_digest, estargz_place, kept_place
 from images.chunked.plan import KeptBlob, Plan, Summary, make_plan, write_input
 from images.chunked.ranges import PARALLEL, RangeFetcher
-from images.chunked.records import LARGEST_TAIL, SKIPPABLE
+from images.chunked.records import ESTARGZ, LARGEST_TAIL, SKIPPABLE
 from images.content.layer_source import LayerSource
 from images.content.progress import Transfer
 from images.content.slots import Slot
@@ -27,9 +27,10 @@ from images.options import ImageOptions
 
 _log = logging.getLogger("podkeel.images")
 
-SMALLEST = 1 << 20  # bytes of a layer: a smaller one is fetched as fast as its table of contents
+SMALLEST = 1 << 20  # bytes of a layer; a smaller one is fetched as fast as its table of contents.
 _LARGEST_TOC = 1 / 4  # of the blob
 _MOST_FETCHED = 0.8  # of the blob
+_FIRST_END = 64 << 10  # bytes of an eStargz blob that are fetched to find its table of contents
 _MOST_KEPT = 8  # blobs that are compared
 _MOST_LOOKED_AT = 256
 _UNPACK_RATE = 50 << 20  # bytes of a blob that are unpacked in a second: a faster network is of no use
@@ -62,17 +63,16 @@ async def assembled(
     Raises PodkeelError and OSError; then too the layer can be fetched whole.
     """
     source = transfer.source
-    place = announced(source.descriptor)
-    if place is None or place.size - place.tail > place.size * _LARGEST_TOC:
+    if announced(source.descriptor) is None and not estargz_digest(source.descriptor):
         yield None
         return
     async with AsyncExitStack() as stack:
-        kept = await _open_kept(stack, source, place, blob_path)
-        if not kept:
+        kept = await _open_kept(stack, source, blob_path)
+        speed = _Speed()
+        place, tail = await _fetch_toc(source, slot, speed) if kept else (None, [])
+        if place is None:
             yield None
             return
-        speed = _Speed()
-        tail = await _fetch_tail(source, place, slot, speed)
         work, input_path = folder / "work", folder / "input"
         await in_image_thread(work.mkdir, mode=0o700, parents=True)
         await in_long_thread(_check_toc, place, tail, source.subject)
@@ -99,10 +99,11 @@ def _facts(source: LayerSource, summary: Summary) -> tuple[str, int, int]:
     return source.subject, summary.fetched, summary.ranges
 
 
-async def _open_kept(
-    stack: AsyncExitStack, source: LayerSource, place: TocPlace, blob_path: Callable[[str], Path]
-) -> list[KeptBlob]:
+async def _open_kept(stack: AsyncExitStack, source: LayerSource, blob_path: Callable[[str], Path]) -> list[KeptBlob]:
     """The kept blobs to compare with, open until ``stack`` ends: those of the same repository first, then by size."""
+
+    size = source.descriptor.size
+    is_gzip = bool(estargz_digest(source.descriptor))
 
     def work() -> list[KeptBlob]:
         found: list[tuple[bool, float, int, KeptBlob]] = []
@@ -114,8 +115,8 @@ async def _open_kept(
                     descriptor = os.open(blob_path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                     opened.callback(os.close, descriptor)
                     there = kept_place(descriptor)
-                    if there is not None:
-                        distance = abs(math.log(there.size / place.size))
+                    if there is not None and (there.format == ESTARGZ) == is_gzip:
+                        distance = abs(math.log(there.size / size))
                         found.append((digest not in near, distance, len(found), KeptBlob(descriptor, there)))
             chosen: list[KeptBlob] = []
             tails = 0
@@ -143,11 +144,28 @@ class _Speed:
         self.rate = math.inf
 
 
-async def _fetch_tail(source: LayerSource, place: TocPlace, slot: Slot, speed: _Speed) -> list[bytes]:
+async def _fetch_toc(source: LayerSource, slot: Slot, speed: _Speed) -> tuple[TocPlace | None, list[bytes]]:
+    """The place of the table of contents and the tail of the blob; None if it has none, or a large one."""
+    place, size = announced(source.descriptor), source.descriptor.size
+    tail: list[bytes] = []
+    if place is None:
+        tail = await _fetch_tail(source, max(0, size - _FIRST_END), size, slot, speed)
+        place = estargz_place(b"".join(tail), size, estargz_digest(source.descriptor))
+    if place is None or place.size - place.tail > place.size * _LARGEST_TOC:
+        return None, []
+    more = place.size - sum(map(len, tail)) - place.tail
+    if more > 0:
+        tail = [*await _fetch_tail(source, place.tail, place.tail + more, slot, speed), *tail]
+    else:
+        tail = [b"".join(tail)[-more:]]
+    return place, tail
+
+
+async def _fetch_tail(source: LayerSource, first: int, end: int, slot: Slot, speed: _Speed) -> list[bytes]:
     assert source.ranges is not None
     begin = time.monotonic()
     tail: list[bytes] = []
-    async with contextlib.aclosing(slot.watched(source.ranges(place.tail, place.size))) as chunks:
+    async with contextlib.aclosing(slot.watched(source.ranges(first, end))) as chunks:
         async for chunk in chunks:
             if not tail:
                 speed.latency = time.monotonic() - begin
@@ -160,6 +178,8 @@ async def _fetch_tail(source: LayerSource, place: TocPlace, slot: Slot, speed: _
 
 
 def _check_toc(place: TocPlace, tail: Sequence[bytes], subject: str) -> None:
+    if place.format == ESTARGZ:
+        return  # the planner checks it, as it must be decompressed before
     offset, size, _ = place.toc
     begin = offset - place.tail
     assert begin >= SKIPPABLE.size

@@ -30,6 +30,10 @@ _SPLIT_POSITION = _PREFIX + "tarsplit-position"
 _NUMBERS = re.compile(r"[0-9]{1,15}(:[0-9]{1,15}){2,3}")
 _CRFS = 1  # the only type of a table of contents
 
+_STARGZ_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
+_STARGZ_FOOTER = re.compile(rb"\x1f\x8b\x08\x04.{6}\x1a\0SG\x16\0([0-9a-f]{16})STARGZ\x01\0\0\xff\xff\0{8}", re.DOTALL)
+STARGZ_FOOTER_BYTES = 51
+
 _ZSTD_FOOTER = 64
 _ZSTD_MARK = b"GNUlInUx"
 
@@ -38,8 +42,9 @@ _ZSTD_MARK = b"GNUlInUx"
 class TocPlace:
     """Format and size of a blob, and offset, size and unpacked size of its table of contents and its tar-split data.
 
-    ``tail`` is the offset of the first byte that belongs to no file. ``digest`` is that of the table of contents as it
-    is in the blob, and is empty if it is not known. Without tar-split data its three numbers are 0.
+    ``tail`` is the offset of the first byte that belongs to no file. ``digest`` is that of the table of contents, as it
+    is in the blob (zstd:chunked) or decompressed (eStargz), and is empty if it is not known. Without tar-split data its
+    three numbers are 0.
     """
 
     format: int
@@ -68,7 +73,10 @@ class TocPlace:
 
 
 def announced(descriptor: Descriptor) -> TocPlace | None:
-    """The place of the table of contents that the annotations of a layer name; None if they name none that is valid."""
+    """The place of the table of contents that the annotations of a layer name; None if they name none that is valid.
+
+    See ``estargz_digest`` for the other format.
+    """
     annotations = descriptor.annotations or {}
     toc = _numbers(annotations.get(_POSITION, ""), 4)
     digest = annotations.get(_CHECKSUM, "")
@@ -79,6 +87,25 @@ def announced(descriptor: Descriptor) -> TocPlace | None:
     place = TocPlace(
         ZSTD_CHUNKED, descriptor.size, tail, (toc[0], toc[1], toc[2]), (split[0], split[1], split[2]), digest
     )
+    return place if place.valid else None
+
+
+def estargz_digest(descriptor: Descriptor) -> str:
+    """The digest of the table of contents of a layer in the format eStargz; empty for other layers.
+
+    The end of the blob says where it is: ``estargz_place``.
+    """
+    digest = (descriptor.annotations or {}).get(_STARGZ_DIGEST, "")
+    return digest if is_digest(digest) and digest.startswith("sha256:") else ""
+
+
+def estargz_place(end: bytes, size: int, digest: str = "") -> TocPlace | None:
+    """The place of the table of contents in a blob of ``size`` bytes, of which ``end`` are the last."""
+    footer = _STARGZ_FOOTER.fullmatch(end[-STARGZ_FOOTER_BYTES:])
+    if footer is None:
+        return None
+    offset = int(footer[1], 16)
+    place = TocPlace(ESTARGZ, size, offset, (offset, size - STARGZ_FOOTER_BYTES - offset, LARGEST_PLAIN), digest=digest)
     return place if place.valid else None
 
 
@@ -93,7 +120,7 @@ def kept_place(descriptor: int) -> TocPlace | None:
     end = os.pread(descriptor, _ZSTD_FOOTER, max(0, size - _ZSTD_FOOTER))
     if len(end) < _ZSTD_FOOTER:
         return None
-    place = None
+    place = estargz_place(end, size)
     if end.endswith(_ZSTD_MARK):
         offset, packed, plain, kind, *split = (int.from_bytes(end[at : at + 8], "little") for at in range(0, 56, 8))
         if kind == _CRFS:
@@ -104,6 +131,3 @@ def kept_place(descriptor: int) -> TocPlace | None:
         if offset + packed + FOOTER_BYTES == size:
             place = TocPlace(ASSEMBLED, size, offset - SKIPPABLE.size, (offset, packed, plain))
     return place if place is not None and place.valid else None
-
-
-assert ESTARGZ  # its footer and annotation are read by a later version

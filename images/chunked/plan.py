@@ -16,7 +16,19 @@ import msgspec
 from host import processes
 from host.errors import InvalidArgumentError, PodkeelError
 from images.chunked.places import TocPlace
-from images.chunked.records import FETCHED, KEPT, MADE, MADE_FILE, MARK, MOST_RANGES, PLAN_FILE, RECORD, TAIL
+from images.chunked.records import (
+    DIGEST_BYTES,
+    ESTARGZ,
+    FETCHED,
+    KEPT,
+    MADE,
+    MADE_FILE,
+    MARK,
+    MOST_RANGES,
+    PLAN_FILE,
+    RECORD,
+    TAIL,
+)
 from images.unpack.unpacker import module_paths
 from images.unpack.worker_syscalls import worker_filter
 
@@ -52,6 +64,7 @@ def write_input(path: Path, wanted: TocPlace, tail: Sequence[bytes], kept: Seque
     """Write the planner's input to ``path``; blocks."""
     with path.open("xb") as file:
         file.write(MARK)
+        file.write(bytes.fromhex(wanted.digest[7:]) if wanted.format == ESTARGZ else bytes(DIGEST_BYTES))
         file.write(wanted.header())
         for piece in tail:
             file.write(piece)
@@ -95,7 +108,7 @@ class Plan:
         self._wanted = wanted
         self._kept = kept
         self._size = size
-        self._tail_begin = len(MARK) + len(wanted.header())
+        self._tail_begin = len(MARK) + DIGEST_BYTES + len(wanted.header())
         self._descriptors: list[int] = []
         self._records = self._open(folder / PLAN_FILE)
         self._made = self._open(folder / MADE_FILE)

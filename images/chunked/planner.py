@@ -9,6 +9,7 @@ one with the same content.
 from __future__ import annotations
 
 from images.chunked.records import (
+    DIGEST_BYTES,
     ESTARGZ,
     FETCHED,
     FOOTER_BYTES,
@@ -45,6 +46,8 @@ _NEEDED = 1.2  # the original blob is preferred if it needs at most so much more
 _NEEDED_BYTES = 128 << 10
 _NEEDED_RANGES = 4
 _WASTED = 0.03  # of the blob: kept bytes that are fetched too, to have fewer ranges
+# A blob in eStargz is made of as many parts as the processors that made it, and these end anywhere.
+_STARGZ_UNEQUAL = 0.25
 _LEVEL = 3
 _GAPS_FILE = "gaps"
 
@@ -68,25 +71,27 @@ class Kept:
         """Whether more kept blobs can bring little."""
         return self._missing <= (1 - _ENOUGH) * self._all
 
-    def look_into(self, blob: int, kept: Segments) -> None:
+    def look_into(self, blob: int, kept: Segments, most_unequal: float) -> None:
         """Take what is equal in a kept blob.
 
-        A compressor makes the same bytes of the same content. If one pair differs in size, another compressor made the
-        kept blob: then its chunks have the content, but none counts as equal.
+        A compressor makes the same bytes of the same content. If more than the part ``most_unequal`` of the pairs
+        differ in size, another compressor made the kept blob: then its chunks have the content, but none counts as
+        equal.
         """
-        same_compressor = True
+        unequal = 0
         found = []
         for key, begin, end in zip(kept.keys, kept.begins, kept.ends, strict=True):
             for number in self._by_key.get(key, ()):
                 found.append((number, (blob, begin, end - begin)))
                 if self._size(number) != end - begin:
-                    same_compressor = False
+                    unequal += 1
+        same_compressor = unequal <= most_unequal * len(found)
         for number, place in found:
             if self.content[number] is None and self.exact[number] is None:
                 self._missing -= self._size(number)
             if self._wanted.is_chunk[number] and self.content[number] is None:
                 self.content[number] = place
-            if same_compressor and self.exact[number] is None:
+            if same_compressor and self.exact[number] is None and self._size(number) == place[2]:
                 self.exact[number] = place
 
     def _size(self, number: int) -> int:
@@ -157,9 +162,10 @@ def plan(read: Callable[[int], bytes], max_entries: int, zstd: Any) -> dict[str,
     if source.exactly(len(MARK)) != MARK:
         raise TarError("the planner's input is not valid")
     unpack = _unpacker(zstd)
+    digest = source.exactly(DIGEST_BYTES)
     place, wanted_tail = source.blob()
     gaps = open(_GAPS_FILE, "x+b")  # noqa: SIM115 - the process ends when the plan is made
-    wanted = segments_of(place, wanted_tail, unpack, gaps)
+    wanted = segments_of(place, wanted_tail, unpack, gaps, digest)
     if len(wanted.keys) > 2 * max_entries:
         raise LimitError("its table of contents has more entries than images.max_layer_entries")
     kept = Kept(wanted)
@@ -169,11 +175,11 @@ def plan(read: Callable[[int], bytes], max_entries: int, zstd: Any) -> dict[str,
             segments = segments_of(*found, unpack, _Nowhere())
         except Exception:  # a kept blob never makes the pull fail
             segments = Segments()  # a kept blob that cannot be used
-        kept.look_into(blob, segments)
+        kept.look_into(blob, segments, _STARGZ_UNEQUAL if place.format == ESTARGZ else 0.0)
         blob += 1
     exact = Ranges(wanted, [one is None for one in kept.exact])
     chosen, is_exact = exact, True
-    if wanted.gaps and place.format != ESTARGZ:
+    if wanted.gaps:
         loose = Ranges(wanted, _needed(wanted, kept))
         if exact.count > loose.count * _NEEDED + _NEEDED_RANGES or exact.size > loose.size * _NEEDED + _NEEDED_BYTES:
             chosen, is_exact = loose, False

@@ -1,8 +1,8 @@
 """The binary records that the agent and the planner exchange. The planner imports this, so it imports little.
 
-The planner's input is HEADER for the wanted blob with its tail, then the same for each kept blob. The tail is
-everything from the frame of the table of contents to the end of the blob. The planner's output is the file ``plan`` of
-RECORDs.
+The planner's input is MARK, the digest that the table of contents of an eStargz blob must have, HEADER for the wanted
+blob with its tail, then HEADER and tail of each kept blob. The tail is everything from the begin of the table of
+contents (with what is around it) to the end of the blob. The planner's output is the file ``plan`` of RECORDs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 
 MARK = b"podkeel parts 1\n"
+DIGEST_BYTES = 32
 PLAN_FILE = "plan"
 MADE_FILE = "made"
 MOST_RANGES = 1000

@@ -12,9 +12,10 @@ from __future__ import annotations
 import _json  # the scanner of the module json, which itself takes longer to import than a plan to make
 import binascii
 import hashlib
+import zlib
 
 from images.chunked.records import ASSEMBLED, ESTARGZ, HEADER, INDEX_ENTRY, ZSTD_CHUNKED
-from images.unpack.tar.headers import LimitError, TarError
+from images.unpack.tar.headers import BLOCK, LimitError, TarError
 
 TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
@@ -110,28 +111,50 @@ def chunk_key(digest: bytes, size: int) -> bytes:
     return b"c%b%d" % (digest, size)
 
 
-def segments_of(place: Place, tail: bytes, unpack: Callable[[bytes, int], bytes], gaps: Output) -> Segments:
-    """The segments of the blob with that ``tail``. ``unpack`` decompresses to at most that size.
+def segments_of(
+    place: Place, tail: bytes, unpack: Callable[[bytes, int], bytes], gaps: Output, digest: bytes = b""
+) -> Segments:
+    """The segments of the blob with that ``tail``. ``unpack`` decompresses zstd to at most that size.
 
-    What is between the files is appended to the file ``gaps``, if tar-split describes it. Raises TarError.
+    What is between the files is appended to the file ``gaps``, if tar-split describes it. ``digest`` is what the table
+    of contents of an eStargz blob must have. Raises TarError.
     """
 
     def part(offset: int, size: int) -> bytes:
         return tail[offset - place.tail : offset - place.tail + size]
 
+    if place.format == ESTARGZ:
+        text = _member_of_tar(part(place.toc, place.toc_size), place.toc_plain)
+        if digest and hashlib.sha256(text).digest() != digest:
+            raise TarError("its table of contents has another digest")
+        files, descriptions = _files(text.decode())
+        return _estargz(files, descriptions, place.tail)
     plain = unpack(part(place.toc, place.toc_size), place.toc_plain)
     if place.format == ASSEMBLED:
         return _assembled(plain, place.tail)
-    files, descriptions = _files(plain.decode())
-    if place.format == ESTARGZ:
-        return _estargz(files, descriptions, place.tail)
     if place.format != ZSTD_CHUNKED:
         raise TarError(f"its table of contents has the unknown format {place.format}")
+    files, descriptions = _files(plain.decode())
     places = None
     if place.split:
         split = unpack(part(place.split, place.split_size), place.split_plain)
         descriptions, places = _tar_split(split, [file.size for file in files], gaps)
     return _zstd_chunked(files, descriptions, places, place.tail)
+
+
+def _member_of_tar(data: bytes, most: int) -> bytes:
+    """The first file of a tar in gzip, of which only headers of one block are known."""
+    machine = zlib.decompressobj(31)
+    try:
+        plain = machine.decompress(data, most)
+    except zlib.error as error:
+        raise TarError("its table of contents is damaged") from error
+    if machine.unconsumed_tail:
+        raise LimitError(f"its table of contents has more than {most} bytes")
+    size = int(plain[124:135], 8)
+    if plain[:20] != b"stargz.index.json\0\0\0" or len(plain) < BLOCK + size:
+        raise TarError("its table of contents is not where it should be")
+    return plain[BLOCK : BLOCK + size]
 
 
 def entries(text: str) -> Iterator[dict[str, object]]:

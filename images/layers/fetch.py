@@ -34,6 +34,7 @@ class LayerFetcher:
         trash: Trash,
         disk: DiskSync,
         free_space: FreeSpace,
+        *,
         blob_path: Callable[[str], Path],
     ) -> None:
         self._options = options
@@ -91,10 +92,9 @@ class LayerFetcher:
                     return None
                 await in_image_thread(folder.mkdir, mode=0o755, parents=True)
                 async with new_blob(incoming) as keep:
+                    chunks = self._free_space.watched(layer.chunks(), source.subject)
                     with self._disk.ahead():
-                        unpacked = await self._worker().unpack(
-                            layer.chunks(), layer.descriptor, folder, keep, source.subject
-                        )
+                        unpacked = await self._worker().unpack(chunks, layer.descriptor, folder, keep, source.subject)
             if unpacked.diff_id == source.diff_id:
                 return unpacked
             _log.warning("%s: partial pull: unpacked, its digest is %s", source.subject, unpacked.diff_id)

@@ -64,8 +64,7 @@ class LayerStore:
         self.partials = PartialBlobs(self._folders.content / "partial", trash, options.partial_hours * 3600)
         disk = DiskSync(self._folders.layers)
         self._free_space = FreeSpace(data_dir, options, trash)
-        blob_path = self._folders.blob
-        self.fetcher = LayerFetcher(options, self.partials, trash, disk, self._free_space, blob_path)
+        self.fetcher = LayerFetcher(options, self.partials, trash, disk, self._free_space, blob_path=self._folders.blob)
         self._maker = LayerMaker(
             options,
             self._folders,

@@ -15,7 +15,7 @@ import msgspec
 
 from host import libc
 from scripts.build_busybox_image import busybox_image
-from tests.bench import network, nri, phases, processes, pulls, report, servers, stats, streams
+from tests.bench import network, nri, partial_pulls, phases, processes, pulls, report, servers, stats, streams
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
@@ -93,7 +93,9 @@ def _pulls(options: argparse.Namespace) -> int:
             rounds=options.pulls,
             small_files=options.small_files,
         )
-    results = pulls.goals(costs)
+        layers = [pulls.layer(number) for number in range(pulls.LAYERS)]
+        update = partial_pulls.measure(Path(folder) / "updates", layers, options.pulls)
+    results = [*pulls.goals(costs), *partial_pulls.goals(update)]
     text = pulls.as_markdown(costs, results)
     print(text, end="")
     if options.markdown is not None:

@@ -126,7 +126,7 @@ def as_markdown(costs: list[PullCost], results: list[Goal]) -> str:
 
 def _push(registry: Registry, rounds: int) -> Iterator[tuple[str, str]]:
     """Push the images. Provides form and reference of each."""
-    layers = [_layer(number) for number in range(LAYERS)]
+    layers = [layer(number) for number in range(LAYERS)]
     compressor = zstandard.ZstdCompressor(3)
     forms: dict[str, Callable[[bytes], bytes]] = {
         "gzip": lambda data: gzip.compress(data, 6, mtime=0),
@@ -135,7 +135,7 @@ def _push(registry: Registry, rounds: int) -> Iterator[tuple[str, str]]:
     for number in range(rounds):
         for form, compress in forms.items():
             first = _member(f"usr/share/{form}-{number}", b"")  # makes every layer different
-            image = BuiltImage([first + layer for layer in layers], {}, compress=compress, suffix=f"+{form}")
+            image = BuiltImage([first + one for one in layers], {}, compress=compress, suffix=f"+{form}")
             yield form, registry.push(image, f"bench/{form}", str(number))
 
 
@@ -156,7 +156,7 @@ def _push_small_files(registry: Registry, count: int) -> str:
     return registry.push(BuiltImage([tar], {}, compress=lambda data: gzip.compress(data, 6, mtime=0)), "bench/files")
 
 
-def _layer(number: int) -> bytes:
+def layer(number: int) -> bytes:
     """A layer with some dozen folders. Half of its data compresses well, the other half not at all."""
     chance = random.Random(number)
     words = [chance.randbytes(chance.randint(3, 9)) for _ in range(2000)]

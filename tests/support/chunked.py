@@ -1,11 +1,12 @@
-"""Writes layers that can be pulled in parts, as buildah and skopeo of Debian 13 do (zstd:chunked).
+"""Writes layers that can be pulled in parts: zstd:chunked, as buildah and skopeo of Debian 13 write it, and eStargz.
 
-Follows "zstd:chunked file format" of containers/storage.
+Follows "zstd:chunked file format" of containers/storage and "eStargz" of containerd's stargz-snapshotter.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import struct
@@ -17,7 +18,16 @@ from typing import TypeAlias
 
 import zstandard
 
-from tests.support.image_builder import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, BuiltImage, descriptor, digest_of
+from tests.support.image_builder import (
+    OCI_CONFIG,
+    OCI_LAYER,
+    OCI_MANIFEST,
+    BuiltImage,
+    descriptor,
+    digest_of,
+    make_tar,
+)
+from tests.support.image_builder import entry as entry_of_tar
 
 _PREFIX = "io.github.containers.zstd-chunked."
 _TYPES = {
@@ -130,6 +140,50 @@ def _with_toc(
     return ChunkedLayer(bytes(blob), annotations, entries)
 
 
+def estargz(tar: bytes, *, edit: Edit = lambda entries: None) -> ChunkedLayer:
+    """The layer in the format eStargz. ``edit`` may change the entries of the table of contents."""
+    blob = bytearray()
+    entries: list[dict[str, object]] = []
+    pending = bytearray()  # of the member of gzip at hand
+
+    def end_member() -> None:
+        blob.extend(gzip.compress(bytes(pending), 6, mtime=0))
+        pending.clear()
+
+    done = 0
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        members = archive.getmembers()
+    for member in members:
+        entry = described(member)
+        entries.append(entry)
+        pending += tar[done : member.offset_data]
+        done = member.offset_data
+        if not member.isreg() or not member.size:
+            continue
+        content = tar[done : done + member.size]
+        done += member.size
+        entry["digest"] = digest_of(content)
+        for begin in range(0, len(content), CHUNK):
+            part = content[begin : begin + CHUNK]
+            end_member()
+            if begin:
+                entry = {"name": member.name, "type": "chunk", "chunkOffset": begin}
+                entries.append(entry)
+            entry |= {"offset": len(blob), "chunkDigest": digest_of(part)}
+            if begin + CHUNK < len(content):
+                entry["chunkSize"] = CHUNK
+            pending += part
+    last = max(member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0) for member in members)
+    pending += tar[done:last]
+    end_member()
+    edit(entries)
+    text = json.dumps({"version": 1, "entries": entries}, indent="\t").encode()
+    toc = len(blob)
+    blob += gzip.compress(make_tar([entry_of_tar("stargz.index.json", text)]), 6, mtime=0)
+    blob += b"\x1f\x8b\x08\x04\0\0\0\0\0\xff\x1a\0SG\x16\0%016xSTARGZ\x01\0\0\xff\xff" % toc + bytes(8)
+    return ChunkedLayer(bytes(blob), {"containerd.io/snapshot/stargz/toc.digest": digest_of(text)}, entries)
+
+
 @dataclass(frozen=True)
 class ChunkedImage(BuiltImage):
     """An image whose layers can be pulled in parts. ``packed`` are its layers, compressed."""
@@ -150,7 +204,15 @@ class ChunkedImage(BuiltImage):
         return {digest_of(blob): blob for blob in blobs}, manifest
 
 
+def estargz_image(*tars: bytes, edit: Edit = lambda entries: None) -> ChunkedImage:
+    """An image of these layers in the format eStargz, which adds a file to each."""
+    packed = [estargz(tar, edit=edit) for tar in tars]
+    return ChunkedImage(
+        [gzip.decompress(layer.blob) for layer in packed], {"Cmd": ["sh"]}, compress=None, packed=packed
+    )
+
+
 def chunked_image(*tars: bytes, split: bool = True, level: int = 3) -> ChunkedImage:
     """An image of these layers in the format zstd:chunked."""
     packed = [zstd_chunked(tar, split=split, level=level) for tar in tars]
-    return ChunkedImage(tars, {"Cmd": ["sh"]}, suffix="+zstd", packed=packed)
+    return ChunkedImage(tars, {"Cmd": ["sh"]}, compress=None, suffix="+zstd", packed=packed)

@@ -13,7 +13,7 @@ from images.chunked import partial
 from images.image import Image
 from images.oci.digests import digest_of
 from tests.integration.images.conftest import Node
-from tests.support.chunked import ChunkedImage, ChunkedLayer, chunked_image
+from tests.support.chunked import ChunkedImage, ChunkedLayer, chunked_image, estargz_image
 from tests.support.image_builder import entry, folder, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
@@ -129,6 +129,17 @@ async def test_a_layer_without_tar_split_data_is_fetched_in_parts_if_its_times_a
     await pulled(node, front, chunked_image(layer(3), split=False), registry, "1")
     image, fetched = await pulled(node, front, update := chunked_image(updated(3), split=False), registry, "2")
     assert fetched <= SHARE * len(update.packed[0].blob)
+    await check_as_whole(node, new_node, front, image, "2")
+
+
+async def test_a_layer_in_estargz_is_fetched_in_parts(
+    node: Node, new_node: Callable[..., Awaitable[Node]], front: Front, registry: Registry
+) -> None:
+    await pulled(node, front, estargz_image(layer(10)), registry, "1")
+    image, fetched = await pulled(node, front, update := estargz_image(updated(10)), registry, "2")
+    assert fetched <= SHARE * len(update.packed[0].blob)
+    (kept,) = [one for one in node.images.layers.all() if one.number in image.layers]
+    assert kept.blob_digest == digest_of(update.packed[0].blob)
     await check_as_whole(node, new_node, front, image, "2")
 
 

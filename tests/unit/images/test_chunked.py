@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -12,13 +13,15 @@ import pytest
 import zstandard
 
 from host.errors import InvalidArgumentError
-from images.chunked.places import TocPlace, announced, kept_place
+from images.chunked.places import TocPlace, announced, estargz_place, kept_place
 from images.chunked.plan import KeptBlob, Plan
 from images.chunked.records import FETCHED, KEPT, MADE, MADE_FILE, PLAN_FILE, RECORD, TAIL, ZSTD_CHUNKED
 from images.chunked.toc import Place, Segments, chunk_key, entries, segments_of
 from images.oci.digests import digest_of
 from images.oci.manifests import Descriptor
 from images.unpack.tar.headers import TarError
+from tests.support.chunked import CHUNK, estargz
+from tests.support.image_builder import entry, folder, make_tar
 
 # Written by skopeo 1.18.0 of Debian 13, which has the same library for it as buildah.
 RECORDED = Path(__file__).parents[2] / "data/chunked/debian13.tar.zst"
@@ -56,6 +59,24 @@ def test_each_segment_of_a_blob_of_debian_13_has_the_content_that_its_key_says()
         found.append(content)
     assert b"".join(found) == tar
     assert segments.is_chunk.count(True) > 3  # the file with zeros in it has several chunks
+
+
+def test_each_segment_of_an_estargz_blob_begins_with_the_content_that_its_key_says() -> None:
+    tar = make_tar([folder("usr/"), entry("usr/text", b"text"), entry("usr/no"), entry("usr/large", bytes(CHUNK + 9))])
+    packed = estargz(tar)
+    digest = packed.annotations["containerd.io/snapshot/stargz/toc.digest"]
+    place = estargz_place(packed.blob[-64:], len(packed.blob), digest)
+    assert place is not None
+    tail = packed.blob[place.tail :]
+    segments = segments_of(Place(place.header()), tail, unpacked, io.BytesIO(), bytes.fromhex(digest[7:]))
+    parts = zip(segments.begins, segments.ends, segments.keys, strict=True)
+    members = [(gzip.decompress(packed.blob[begin:end]), key) for begin, end, key in parts]
+    assert b"".join(content for content, _ in members) + gzip.decompress(tail) == gzip.decompress(packed.blob)
+    assert len(members) == 4
+    for (content, key), size in zip(members[1:], (4, CHUNK, 9), strict=True):
+        assert key.startswith(chunk_key(bytes.fromhex(digest_of(content[:size])[7:]), size))
+    with pytest.raises(TarError):
+        segments_of(Place(place.header()), tail, unpacked, io.BytesIO(), bytes(32))
 
 
 def test_the_footer_of_a_kept_blob_says_what_the_annotations_say() -> None:

@@ -176,7 +176,9 @@ def read_rule(path: Path) -> _Rule:
     """The hook and the conditions in a file. Raises OSError, JsonError and ValueError for an invalid file."""
     file = untrusted_json.decode(untrusted_json.read_file(path, _MAX_FILE_BYTES), _File)
     hook, when = file.hook, file.when
-    if not hook.path.startswith("/") or "\0" in hook.path:
+    if any("\0" in text for text in (hook.path, *hook.args, *hook.env)):
+        raise ValueError("hook has a NUL byte in its path, args or env")
+    if not hook.path.startswith("/"):
         raise ValueError(f"hook.path {hook.path!r} is not absolute")
     if not file.stages:
         raise ValueError("stages is empty")

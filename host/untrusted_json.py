@@ -53,12 +53,13 @@ def decode(
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        if any_text and (repaired := _repaired(content)) != content:
-            return decode(repaired, kind, max_bytes=len(repaired), max_values=max_values)
+        if any_text and (valid := valid_text(content)) != content:
+            return decode(valid, kind, max_bytes=len(valid), max_values=max_values)
         raise JsonError(str(error)) from error
 
 
-def _repaired(content: bytes) -> bytes:
+def valid_text(content: bytes) -> bytes:
+    """The same JSON with U+FFFD in place of bytes that are not UTF-8, and of single surrogates."""
     valid = content.decode(errors="replace").encode()
     return _ESCAPE.sub(lambda match: rb"\ufffd" if match[1] else match[0], valid)
 

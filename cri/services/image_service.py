@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 
+from host import untrusted_json
 from host.concurrency.threads import in_stats_thread
 from host.errors import InvalidArgumentError, NotFoundError
 from images.image import Image, numeric_user
@@ -116,8 +117,8 @@ def _item(image: Image) -> bytes:
 
 
 def _information(image: Image, config: bytes) -> str:
-    information = {"chainIDs": image.chain_ids, "imageSpec": msgspec.Raw(config)}
-    return msgspec.json.encode(information).decode(errors="replace")
+    information = {"chainIDs": image.chain_ids, "imageSpec": msgspec.Raw(untrusted_json.valid_text(config))}
+    return msgspec.json.encode(information).decode()
 
 
 def _require_name(image: cri_pb2.ImageSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,6 +82,16 @@ def test_verbose_status_has_the_configuration(client: CriClient, registry: Regis
     _pull(client, reference)
     request = cri_pb2.ImageStatusRequest(image=_spec(reference), verbose=True)
     assert '"User":"1000"' in client.call("ImageStatus", request).info["info"].replace(" ", "")
+
+
+def test_verbose_status_is_valid_for_any_configuration(client: CriClient, registry: Registry) -> None:
+    half_a_pair = "\ud83d"  # which JSON can hold, but no protobuf message and no terminal
+    odd = BuiltImage((make_tar([entry("odd", "")]),), {"Labels": {"odd": half_a_pair}, "Env": [f"A={half_a_pair}"]})
+    reference = registry.push(odd, "conformance/odd")
+    _pull(client, reference)
+    request = cri_pb2.ImageStatusRequest(image=_spec(reference), verbose=True)
+    information = json.loads(client.call("ImageStatus", request).info["info"])
+    assert information["imageSpec"]["config"]["Labels"] == {"odd": "\ufffd"}
 
 
 def test_pull_by_digest_keeps_no_tag(client: CriClient, registry: Registry, built: BuiltImage) -> None:

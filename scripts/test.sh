@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
 # Runs the given tests. Without arguments it checks style and types and runs all tests in parts, several at the same time
 # if the host allows: one on the host itself, the others in separate namespaces. `test.sh --parts` lists the parts.
+# `test.sh --unit-and-integration` does so without the checks, and only with tests/unit and tests/integration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly PYTEST=(.venv/bin/python -m pytest)
 # Each line is a part: one run of pytest. Long parts come first, so that all end at about the same time.
 # Images, faults, attacks and fuzzing only run in separate namespaces.
-readonly APART=(
-    "tests/faults"
-    "tests/security"
-    "tests/integration/images tests/fuzz"
-)
+readonly IMAGES=tests/integration/images
+if [[ ${1:-} == --unit-and-integration ]]; then
+    readonly CHECKS=() ALL=(tests/unit tests/integration) APART=("$IMAGES")
+    shift
+else
+    readonly CHECKS=(scripts/lint.sh) ALL=() APART=(
+        "tests/faults"
+        "tests/security"
+        "$IMAGES tests/fuzz"
+    )
+fi
 # These run on the host itself. When no other part is left, the last ones also run in namespaces.
 readonly HERE=(
     "tests/integration/agent/test_[a-d]*.py"
@@ -29,8 +36,8 @@ if [[ ${1:-} == --parts ]]; then
 fi
 (($# == 0)) || exec "${PYTEST[@]}" "$@"
 if ! scripts/own_namespaces.sh --check; then
-    scripts/lint.sh
-    exec "${PYTEST[@]}"
+    for check in "${CHECKS[@]}"; do "$check"; done
+    exec "${PYTEST[@]}" "${ALL[@]}"
 fi
 
 # Runs the command in $2… and prints its output when it has ended. $1 is its name in messages.
@@ -71,8 +78,10 @@ export PODKEEL_TEST_PATIENCE=${PODKEEL_TEST_PATIENCE:-$AT_ONCE}
 folder=$(mktemp -d)
 workers=()
 trap 'kill "${workers[@]}" 2>/dev/null || true; rm -rf "$folder"' EXIT
-run "style and types" scripts/lint.sh &
-workers+=($!)
+for check in "${CHECKS[@]}"; do
+    run "style and types" "$check" &
+    workers+=($!)
+done
 last_first=()
 for part in "${HERE[@]}"; do
     last_first=("$part" "${last_first[@]}")
@@ -81,7 +90,7 @@ for ((number = 1; number < AT_ONCE; number++)); do
     work apart "${APART[@]}" "${last_first[@]}" &
     workers+=($!)
 done
-echo "test: style, types and $AT_ONCE parts of the tests at once; each prints its output when it has ended"
+echo "test: ${CHECKS[*]:+style, types and }$AT_ONCE parts of the tests at once; each prints its output when it has ended"
 work here "${HERE[@]}"
 wait "${workers[@]}"
 workers=()

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs tests/unit and tests/integration, or the given tests, in Debian 13 on this machine's kernel. mmdebstrap
 # makes a root file system, which pivot_root enters in a new mount namespace. It is kept in ~/.cache.
+# `test_debian13.sh --prepare` only makes the root file system with the project in it, and prints the project's path.
+# With --prepare, --committed takes the project as its last commit is.
 set -euo pipefail
 
 readonly SUITE=trixie
@@ -41,9 +43,12 @@ add_criu() {
 copy_project() {
     mkdir -p "$ROOT$PROJECT"
     find "$ROOT$PROJECT" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
-    git ls-files -z --cached --others --exclude-standard |
-        tar --create --null --files-from=- --ignore-failed-read --file=- |
-        tar --extract --directory="$ROOT$PROJECT" --file=-
+    if [[ ${1:-} == --committed ]]; then
+        git archive HEAD
+    else
+        git ls-files -z --cached --others --exclude-standard |
+            tar --create --null --files-from=- --ignore-failed-read --file=-
+    fi | tar --extract --directory="$ROOT$PROJECT" --file=-
     # Copy this machine's names and certificates, because it may need a proxy for Debian and the package index.
     cp --dereference /etc/resolv.conf /etc/hosts "$ROOT/etc/"
     cp /etc/ssl/certs/ca-certificates.crt "$ROOT/etc/ssl/certs/"
@@ -63,16 +68,32 @@ enter_root() {
 }
 
 ((EUID == 0)) || fail "needs root"
-if [[ ${1:-} != --inside ]]; then
-    cd "$(dirname "$0")/.."
-    make_root
-    add_criu
+if [[ ${1:-} == --inside ]]; then
+    shift
+    enter_root
+    cd "$PROJECT"
+    export HOME=/root
+    make --no-print-directory setup >&2
+    case ${1:-} in
+        --prepare) exec .venv/bin/python -m compileall -q -x '/\.venv/' . ;;
+        '') exec scripts/test.sh --unit-and-integration ;;
+        *) exec .venv/bin/python -m pytest "$@" ;;
+    esac
+fi
+cd "$(dirname "$0")/.."
+mkdir -p "$CACHE"
+exec 8>"$CACHE/lock"
+if ! flock --nonblock 8; then
+    say "waiting for another run in $ROOT to end"
+    flock 8
+fi
+make_root
+add_criu
+if [[ ${1:-} == --prepare ]]; then
+    copy_project "${2:-}"
+    unshare --mount --propagation private "$0" --inside --prepare >&2
+    echo "$ROOT$PROJECT"
+else
     copy_project
     exec unshare --mount --propagation private "$0" --inside "$@"
 fi
-shift
-(($#)) || set -- tests/unit tests/integration
-enter_root
-cd "$PROJECT"
-make --no-print-directory setup
-HOME=/root exec .venv/bin/python -m pytest "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -23,15 +24,27 @@ from host.errors import (
 from network.attachment import AttachRequest, Bandwidth, PodDns, PortMapping
 from tests.integration.network.cni import CniNode, cni_node
 from tests.integration.network.namespaces import descriptors, links_with, request, start, wait_until
-from tests.support.agent import SOON
+from tests.support.agent import PATIENCE, SOON
 from tests.support.cni_plugins import failure, result
 
 _ROOT = Path(__file__).parents[3]
 
 
+# Also in tests whose plugin hangs, the other plugins must end in time, which takes long on a busy machine.
+hangs = pytest.mark.parametrize("limit", [PATIENCE])
+_HANG = "sleep 1000"
+_KILLED = r"did not finish within [0-9.]+ s and was killed"
+
+
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[CniNode]:
-    async with cni_node(tmp_path, cni_timeout_seconds=0.6) as made:
+def limit() -> float:
+    """The seconds after which a plugin is killed; shorter in tests marked with ``hangs``."""
+    return 20 * PATIENCE
+
+
+@pytest.fixture
+async def node(tmp_path: Path, limit: float) -> AsyncIterator[CniNode]:
+    async with cni_node(tmp_path, cni_timeout_seconds=limit) as made:
         yield made
 
 
@@ -60,13 +73,21 @@ async def _refused(node: CniNode, kind: type[PodkeelError], text: str) -> None:
         ("echo '[]'", PodkeelError, "instead of a result"),
         ("head -c 3000000 /dev/zero", PodkeelError, "instead of a result"),
         ("printf '\\377\\376'", PodkeelError, "instead of a result"),
-        ("sleep 30", DeadlineError, "did not finish within 0.6 s and was killed"),
-        ("sleep 30 & sleep 30", DeadlineError, "did not finish"),
     ],
 )
 async def test_the_error_of_a_plugin_is_reported(
     node: CniNode, action: str, kind: type[PodkeelError], text: str
 ) -> None:
+    await _error_is_reported(node, action, kind, text)
+
+
+@hangs
+@pytest.mark.parametrize("action", [_HANG, f"{_HANG} & {_HANG}"])
+async def test_a_plugin_that_hangs_is_killed_and_reported(node: CniNode, action: str) -> None:
+    await _error_is_reported(node, action, DeadlineError, _KILLED)
+
+
+async def _error_is_reported(node: CniNode, action: str, kind: type[PodkeelError], text: str) -> None:
     node.configure(node.script("first"), node.script("bad", ADD=action), node.script("last"))
     await node.start()
     await _refused(node, kind, f"(?s)({'CNI plugin bad, ADD' if kind is not PodkeelError else 'CNI'}.*{text})")
@@ -183,8 +204,9 @@ async def test_del_is_repeated_until_it_succeeds(node: CniNode) -> None:
     await node.pod("two", PortMapping("tcp", 80, 31803))
 
 
+@hangs
 async def test_a_network_that_no_del_releases_can_be_given_up(node: CniNode) -> None:
-    node.configure(node.script("bad", DEL="sleep 30"), {**node.bridge_plugin(), "isGateway": False})
+    node.configure(node.script("bad", DEL=_HANG), {**node.bridge_plugin(), "isGateway": False})
     await node.start()
     pod = await node.pod("one", PortMapping("tcp", 80, 31804))
     link = pod.attachment.host_interface
@@ -206,16 +228,17 @@ async def test_a_network_that_no_del_releases_can_be_given_up(node: CniNode) -> 
     await node.pod("two", PortMapping("tcp", 80, 31804))
 
 
+@hangs
 async def test_a_del_under_way_ends_when_it_is_given_up(node: CniNode) -> None:
     pids = node.folder / "pids"
-    node.configure(node.script("slow", DEL=f"echo $$ >> {pids}; sleep 30"))
+    node.configure(node.script("slow", DEL=f"echo $$ >> {pids}; {_HANG}"))
     await node.start()
     await node.pod("one")
     detaching = asyncio.create_task(node.network.detach("one"))
     await asyncio.to_thread(wait_until, lambda: pids.exists() and bool(pids.read_text()))
     told = await node.network.give_up("one")
     assert told is not None
-    assert "CNI plugin slow, DEL: did not finish within 0.6 s" in told
+    assert re.search(f"CNI plugin slow, DEL: {_KILLED}", told)
     with pytest.raises(WrongStateError, match="DEL was stopped: the network is released by force"):
         await detaching
     first, second = pids.read_text().split()
@@ -236,8 +259,9 @@ async def test_destroy_by_force_gives_up_what_fails_alone(node: CniNode) -> None
     assert node.rows() == 0
 
 
+@hangs
 async def test_a_pending_del_survives_a_restart_and_delays_no_start(node: CniNode) -> None:
-    node.configure(node.script("slow", DEL="sleep 30"))
+    node.configure(node.script("slow", DEL=_HANG))
     await node.start()
     await node.pod("one")
     with pytest.raises(DeadlineError):

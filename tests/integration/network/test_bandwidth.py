@@ -16,6 +16,8 @@ from tests.integration.network.namespaces import Namespace, command, links_with,
 _WARM_UP_SECONDS = 0.3
 _SECONDS = 1.5
 _PIECE = bytes(65536)
+# The direction without a limit is faster than this also on a busy machine, but perhaps not faster than the other rate.
+_LOW = 5_000_000
 
 
 async def _limited(node: Node, sandbox_id: str, bandwidth: Bandwidth) -> Pod:
@@ -70,20 +72,22 @@ def measured_rate(sender: Namespace, receiver: Namespace, address: str) -> float
     return rate
 
 
-@pytest.mark.parametrize("rate", [5_000_000, 200_000_000])
+@pytest.mark.parametrize("rate", [_LOW, 200_000_000])
 async def test_what_a_pod_receives_is_limited(node: Node, rate: int) -> None:
     pod = await _limited(node, "slow", Bandwidth(ingress=rate))
     other = await node.pod("other")
     assert is_limited_to(lambda: measured_rate(other.namespace, pod.namespace, pod.ip), rate)
-    assert is_above(lambda: measured_rate(pod.namespace, other.namespace, other.ip), rate)
+    if rate == _LOW:
+        assert is_above(lambda: measured_rate(pod.namespace, other.namespace, other.ip), rate)
 
 
-@pytest.mark.parametrize("rate", [5_000_000, 200_000_000])
+@pytest.mark.parametrize("rate", [_LOW, 200_000_000])
 async def test_what_a_pod_sends_is_limited(node: Node, rate: int) -> None:
     pod = await _limited(node, "slow", Bandwidth(egress=rate))
     other = await node.pod("other")
     assert is_limited_to(lambda: measured_rate(pod.namespace, other.namespace, other.ip), rate)
-    assert is_above(lambda: measured_rate(other.namespace, pod.namespace, pod.ip), rate)
+    if rate == _LOW:
+        assert is_above(lambda: measured_rate(other.namespace, pod.namespace, pod.ip), rate)
 
 
 async def test_limits_go_with_the_pod(node: Node) -> None:

@@ -10,19 +10,19 @@ from host.database import Database
 from host.errors import PodkeelError
 from host.files.set_aside import UnreadableRow
 from images.content.source import Candidate
-from images.image import ImageConfig, read_config
+from images.image import ConfigFile, read_config
 from images.layers import layer_rows
 from images.layers.layer import Layer
 
 
-def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig]]:
+def readable(database: Database) -> list[tuple[str, str, int, ConfigFile]]:
     """Id, digest and length of the manifest, and configuration of each image. Sets invalid rows aside."""
-    found: list[tuple[str, str, int, bytes, ImageConfig]] = []
+    found: list[tuple[str, str, int, ConfigFile]] = []
     unreadable: list[UnreadableRow] = []
     columns = "id, manifest_digest, length(manifest), config"
     for row in database.read(f"SELECT {columns} FROM images ORDER BY created"):
         try:
-            found.append((*row, read_config(row[3], row[0]).config))
+            found.append((row[0], row[1], row[2], read_config(row[3], row[0])))
         except (PodkeelError, ValueError, TypeError) as error:
             unreadable.append(UnreadableRow("image", row[0], str(error), row))
     database.set_rows_aside(
@@ -49,6 +49,13 @@ def insert_names(connection: sqlite3.Connection, image_id: str, names: Iterable[
     """Give the names to the image. Another image that had one of them loses it."""
     rows = [(name, image_id) for name in names]
     connection.executemany("INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)", rows)
+
+
+def delete_strays(connection: sqlite3.Connection) -> int:
+    """Delete the names and layers of images that do not exist: their layers could not be deleted. Returns how many."""
+    tables = ("image_references", "image_layers")
+    unknown = "image_id NOT IN (SELECT id FROM images)"
+    return sum(connection.execute(f"DELETE FROM {table} WHERE {unknown}").rowcount for table in tables)
 
 
 def delete(connection: sqlite3.Connection, image_ids: Sequence[str]) -> None:

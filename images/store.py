@@ -20,6 +20,7 @@ from images.content.source import Candidate
 from images.image import Image, ImageConfig
 from images.layers.layer import Layer
 from images.layers.store import LayerStore
+from images.oci import digests
 from images.oci.reference import Reference, parse
 from images.options import ImageOptions
 from images.usage import FilesystemUsage
@@ -228,7 +229,7 @@ class ImageStore:
         self.revision += 1
 
     async def load(self) -> None:
-        """Read the images from the database. Drops those whose layers are missing."""
+        """Read the images from the database. Drops those whose layers are missing or not those of the configuration."""
         names: dict[str, set[str]] = {}
         for name, image_id in self._database.read("SELECT name, image_id FROM image_references"):
             names.setdefault(image_id, set()).add(name)
@@ -237,22 +238,24 @@ class ImageStore:
             numbers.setdefault(image_id, []).append(number)
         broken = []
         rows = await in_image_thread(image_rows.readable, self._database)
-        for image_id, manifest_digest, manifest_bytes, content, config in rows:
+        for image_id, manifest_digest, manifest_bytes, file in rows:
             layers = [self._layers.get(number) for number in numbers.get(image_id, ())]
             present = tuple(layer for layer in layers if layer is not None)
-            if len(present) < len(layers):
+            if tuple(layer.chain_id for layer in present) != digests.chain_ids(file.diff_ids):
                 broken.append(image_id)
                 continue
-            record = _Record(
-                image_id, manifest_digest, manifest_bytes, config, len(content), present, names.get(image_id, set())
-            )
+            size, given = len(file.content), names.get(image_id, set())
+            record = _Record(image_id, manifest_digest, manifest_bytes, file.config, size, present, given)
             self._records[image_id] = record
             self._names.update(dict.fromkeys(record.names, image_id))
             self._layers.retain(layer.number for layer in present)
             self._publish(record)
         if broken:
-            _log.warning("images: removed because layers are missing: %s", ", ".join(broken))
+            _log.warning("images: removed because layers are missing or wrong: %s", ", ".join(broken))
             await self._database.write(lambda connection: image_rows.delete(connection, broken))
+        if (names.keys() | numbers.keys()) - {row[0] for row in rows}:
+            strays = await self._database.write(image_rows.delete_strays)
+            _log.warning("images: %d names or layers of images that do not exist: deleted", strays)
 
 
 def _key(name: Reference) -> str:

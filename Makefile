@@ -26,8 +26,8 @@ test: $(if $(TESTS),lint,setup) ## check style and types, then run every test (a
 test-debian13: ## test on Debian 13 (its Python, crun, runc and conmon) in a root of its own (root); TESTS="…" names some
 	@scripts/test_debian13.sh $(TESTS)
 
-test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor in a virtual machine (root, 30 minutes)
-	@$(PYTHON_BIN) -m tests.vm $(ARGS)
+test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor in a virtual machine (root, 30 minutes); SUITE=trixie for Debian 13
+	@$(PYTHON_BIN) -m tests.vm $(if $(SUITE),--debian $(SUITE)) $(ARGS)
 
 deb: ## build the Debian package for Debian 12 and 13: dist/podkeel_VERSION_amd64.deb
 	@python3 scripts/deb/build.py

@@ -19,8 +19,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.vm.image import MissingError, make_source_disk, prepare
+from tests.vm.image import PYTHONS, SUITE, MissingError, prepare
 from tests.vm.machine import boot
+from tests.vm.sources import make_source_disk
 from tests.vm.suites import Machine, chosen, suite_names
 
 PROJECT = Path(__file__).parents[2]
@@ -34,17 +35,17 @@ def main() -> int:
     cache = options.cache.absolute()
     begin = time.monotonic()
     try:
-        image = prepare(cache)
+        image = prepare(cache, options.debian)
         results = cache / "last"
         shutil.rmtree(results, ignore_errors=True)
         results.mkdir(parents=True)
         disk = cache / "sources.ext4"
-        make_source_disk(disk, PROJECT, cache, committed=options.committed)
+        sources = make_source_disk(disk, PROJECT, cache, suite=options.debian, committed=options.committed)
     except MissingError as error:
         print(f"test-vm cannot run here: {error}", file=sys.stderr)
         return 2
     machines = chosen(options.suites, options.options, options.security)
-    booting = functools.partial(boot, image=image, sources=disk, project=PROJECT, patience=options.patience)
+    booting = functools.partial(boot, image=image, sources=sources, patience=options.patience)
     deadline = begin + options.minutes * 60 - 30
     with ThreadPoolExecutor(options.at_once) as pool, ExitStack() as stack:
         stop = threading.Event()
@@ -60,6 +61,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("suites", nargs="*", help=f"{SUITE_HELP} {', '.join(suite_names())}")
+    parser.add_argument("--debian", default=SUITE, choices=tuple(PYTHONS), help=f"the release to boot ({SUITE})")
     parser.add_argument("--minutes", type=float, default=29, help="stop after that long (29)")
     parser.add_argument("--patience", type=float, default=5, help="how many times longer than usual tests wait (5)")
     parser.add_argument("--at-once", type=int, default=2, help="how many machines run at the same time (2)")

@@ -1,8 +1,9 @@
-"""The parts of the virtual machine, made once and kept: a root file system, the kernel, virtme-ng; and its sources."""
+"""The parts of the virtual machine, made once and kept: a root file system, the kernel, virtme-ng."""
 
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-SUITE = "bookworm"
+PYTHONS = {"bookworm": (3, 11), "trixie": (3, 13)}
+"""The releases of Debian that can be booted, by the names of their package suites, and the Python of each."""
+SUITE = "trixie" if (sys.base_prefix, sys.version_info[:2]) == ("/usr", PYTHONS["trixie"]) else "bookworm"
+"""The release that is booted if none is named: the one that can use this machine's .venv."""
 VIRTME = "virtme-ng==1.42"
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "kmod", "procps", "linux-image-amd64", "apparmor"),
@@ -37,7 +41,6 @@ HOST_PACKAGES = {
     "busybox": "busybox-static",
     "script": "bsdutils",
 }
-_NOT_COPIED = (".git", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "bench-results")
 
 
 class MissingError(Exception):
@@ -53,20 +56,20 @@ class Image:
     virtme: Path
 
 
-def prepare(cache: Path) -> Image:
-    """Make what is not in ``cache`` yet, which takes one to two minutes. Raises MissingError."""
+def prepare(cache: Path, suite: str) -> Image:
+    """Make what is not in ``cache`` yet for Debian's ``suite``, which takes one to two minutes. Raises MissingError."""
     _need_programs()
-    key = hashlib.sha256(repr((SUITE, PACKAGES, POLICY.read_text())).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((suite, PACKAGES, POLICY.read_text())).encode()).hexdigest()[:12]
     folder = cache / key
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _make_root(folder)
+        _make_root(folder, suite)
         (folder / "complete").touch()
     virtme = cache / VIRTME
     if not (virtme / "bin/vng").exists():
-        _run([sys.executable, "-m", "venv", "--clear", virtme])
-        _run([virtme / "bin/pip", "install", "--quiet", "--disable-pip-version-check", VIRTME])
+        run([sys.executable, "-m", "venv", "--clear", virtme])
+        run([virtme / "bin/pip", "install", "--quiet", "--disable-pip-version-check", VIRTME])
     return Image(folder / "root.ext4", next((folder / "kernel").glob("lib/modules/*/vmlinuz")), virtme / "bin")
 
 
@@ -89,67 +92,55 @@ def _need_programs() -> None:
         raise MissingError(f"these Debian packages are missing and could not be installed: {' '.join(missing)}")
 
 
-def _make_root(folder: Path) -> None:
+def _make_root(folder: Path, suite: str) -> None:
     """Debian with systemd as a disk, and its kernel with the modules beside it."""
-    print(f"making a Debian {SUITE} root file system in {folder}", flush=True)
+    print(f"making a Debian {suite} root file system in {folder}", flush=True)
     tree = folder / "tree"
-    _run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, tree])
+    run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", suite, tree])
     shutil.copy(POLICY, tree / "podkeel.cil")
-    _run(["chroot", tree, "semodule", "--install", "/podkeel.cil"])
+    run(["chroot", tree, "semodule", "--install", "/podkeel.cil"])
     modules = next((tree / "usr/lib/modules").iterdir())
     kernel = folder / "kernel/lib/modules" / modules.name  # where virtme-ng looks for modules
     kernel.parent.mkdir(parents=True)
     shutil.move(modules, kernel)
+    _decompress_modules(kernel)
     shutil.copy(tree / "boot" / f"vmlinuz-{modules.name}", kernel / "vmlinuz")
     for file in (tree / "boot").iterdir():
         if file.is_file():
             file.unlink()
-    _make_disk(folder / "root.ext4", tree, "2G")
+    make_disk(folder / "root.ext4", tree, "2G")
     shutil.rmtree(tree)
 
 
-def make_source_disk(disk: Path, project: Path, scratch: Path, *, committed: bool) -> None:
-    """A disk with the project in ``project``, its .venv and the Python of that; and room for tests.
-
-    The project is as it is now on disk or, if only what is ``committed`` is wanted, as its last commit is.
-    """
-    tree = scratch / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
-    if committed:
-        _run(["git", "clone", "--quiet", "--shared", project, tree / "project"])
-        shutil.rmtree(tree / "project/.git")
-        _copy(project / ".venv", tree / "project/.venv", ())
-        for stub in (project / "proto").rglob("*_pb2*.py*"):
-            if stub.parent.name == "__pycache__":  # it does not exist in the copy, which is compiled below
-                continue
-            shutil.copy(stub, tree / "project" / stub.relative_to(project))
-    else:
-        _copy(project, tree / "project", _NOT_COPIED)
-    # Python is slow there: it need not compile what each agent loads.
-    compile_all: list[str | Path] = [sys.executable, "-m", "compileall", "-q", "-x", r"/\.venv/"]
-    compile_all += ["-s", tree / "project", "-p", project]
-    _run([*compile_all, tree / "project"])
-    if (base := Path(sys.base_prefix)) != Path("/usr"):
-        _copy(base, tree / "python", ("test", "idlelib", "*.a"))
-    _make_disk(disk, tree, "8G")
-    shutil.rmtree(tree)
+def _decompress_modules(kernel: Path) -> None:
+    """Decompress the modules, because virtme-ng cannot load compressed ones of Debian 13 before the root is mounted."""
+    compressed = list(kernel.rglob("*.ko.xz"))
+    for module in compressed:
+        module.with_suffix("").write_bytes(lzma.decompress(module.read_bytes()))
+        module.unlink()
+    if compressed:
+        run(["depmod", "--basedir", kernel.parents[2], kernel.name])
 
 
-def _copy(source: Path, target: Path, excluded: tuple[str, ...]) -> None:
+def copy(source: Path, target: Path, excluded: tuple[str, ...]) -> None:
+    """Copy a folder without the ``excluded`` names, which are patterns of tar."""
     target.mkdir(parents=True)
     read = ["tar", "-C", str(source), *(f"--exclude={name}" for name in excluded), "-cf", "-", "."]
     with subprocess.Popen(read, stdout=subprocess.PIPE) as reader:
-        _run(["tar", "-C", target, "-xf", "-"], stdin=reader.stdout)
+        run(["tar", "-C", target, "-xf", "-"], stdin=reader.stdout)
 
 
-def _make_disk(disk: Path, tree: Path, size: str) -> None:
+def make_disk(disk: Path, tree: Path, size: str) -> None:
+    """Make an ext4 file system of that size in a sparse file, with the content of ``tree``."""
     disk.unlink(missing_ok=True)
-    _run(["truncate", f"--size={size}", disk])
-    _run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-d", tree, disk])
+    run(["truncate", f"--size={size}", disk])
+    run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-d", tree, disk])
 
 
-def _run(command: list[str | Path], stdin: IO[bytes] | None = None) -> None:
+def run(command: list[str | Path], stdin: IO[bytes] | None = None) -> str:
+    """Run a command to its end and return its output. Raises MissingError if it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, stdin=stdin, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(words, stdin=stdin, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise MissingError(f"{' '.join(words[:3])} … failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout

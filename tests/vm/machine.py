@@ -8,12 +8,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 from tests.vm.image import Image
+from tests.vm.sources import Sources
 from tests.vm.suites import Machine, write_suites
 
 _MASKED = ("apparmor.service", "docker-registry.service", "apt-daily.timer", "apt-daily-upgrade.timer")
@@ -49,8 +49,7 @@ def boot(
     machine: Machine,
     *,
     image: Image,
-    sources: Path,
-    project: Path,
+    sources: Sources,
     results: Path,
     deadline: float,
     patience: float,
@@ -58,17 +57,19 @@ def boot(
 ) -> None:
     """Run the machine's suites until they end, until ``deadline`` of the monotonic clock, or a ``stop``.
 
-    ``sources`` is the disk that holds them; logs, and ``result.json`` if it came to its end, are left in ``results``.
+    ``sources`` has the disk that holds them; logs, and ``result.json`` if it came to its end, are left in ``results``.
     """
     results.mkdir(parents=True)
-    python = sys.base_prefix if sys.base_prefix != "/usr" else "/run/sources"
+    python = sources.python or "/run/sources"
     write_suites(machine.suites, results / "suites.json")
     seconds = deadline - time.monotonic()
     script = results / "guest.sh"
-    script.write_text(_GUEST.format(project=project, python=python, seconds=int(seconds) - 60, patience=patience))
+    script.write_text(
+        _GUEST.format(project=sources.project, python=python, seconds=int(seconds) - 60, patience=patience)
+    )
     script.chmod(0o755)
-    root, disk = (sources.with_name(f"{machine.name}-{part}.ext4") for part in ("root", "sources"))
-    for source, copy in ((image.root_disk, root), (sources, disk)):
+    root, disk = (sources.disk.with_name(f"{machine.name}-{part}.ext4") for part in ("root", "sources"))
+    for source, copy in ((image.root_disk, root), (sources.disk, disk)):
         subprocess.run(["cp", "--sparse=always", source, copy], check=True)
     console = results / "console.typescript"
     # virtme-ng wants a terminal, which script(1) gives it.

@@ -17,8 +17,7 @@ _OPERATIONS = {
     ("runtime/pods/remove.py", "_record_removal"): ("RemovePodSandbox",),
     ("runtime/pods/remove.py", "finish_removal"): ("RemovePodSandbox",),
     ("runtime/containers/create.py", "_make_from"): ("CreateContainer",),
-    ("runtime/containers/bundle/bundles.py", "_work"): ("CreateContainer",),
-    ("runtime/containers/remove.py", "finish_removal"): ("RemoveContainer",),
+    ("runtime/containers/bundle/bundles.py", "_make_spec"): ("CreateContainer",),
     ("runtime/containers/remove.py", "_record_removal"): ("RemoveContainer",),
     ("runtime/containers/remove.py", "_finish_removal"): ("RemoveContainer",),
     ("runtime/containers/start.py", "_start"): ("StartContainer",),
@@ -34,18 +33,20 @@ _OPERATIONS = {
     ("images/registry/resolve.py", "fetch"): ("PullImage",),
     ("images/puller.py", "import_archive"): ("ImportImage",),
     ("images/puller.py", "_install_layers"): ("PullImage", "ImportImage"),
-    ("images/store.py", "remove"): ("RemoveImage",),
+    ("images/store.py", "_remove"): ("RemoveImage",),
 }
 
 
 def stages_in_source() -> Iterator[tuple[str, str, str]]:
-    """File, function and name of each stage in the source code."""
+    """File, function and name of each stage in the source code. A function inside another one belongs to that."""
     for room in ("runtime", "images", "network"):
         for path in sorted((_ROOT / room).rglob("*.py")):
             file = str(path.relative_to(_ROOT))
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.AsyncFunctionDef):
-                    yield from ((file, node.name, stage) for stage in _stages(node))
+            functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.AsyncFunctionDef)]
+            inner = {id(part) for function in functions for part in ast.walk(function) if part is not function}
+            for function in functions:
+                if id(function) not in inner:
+                    yield from ((file, function.name, stage) for stage in _stages(function))
 
 
 def _stages(function: ast.AsyncFunctionDef) -> Iterator[str]:
@@ -58,6 +59,11 @@ def _stages(function: ast.AsyncFunctionDef) -> Iterator[str]:
 def stages_without_operation() -> list[tuple[str, str, str]]:
     """Stages in functions that are missing in this table. Add their operations to it."""
     return [found for found in stages_in_source() if found[:2] not in _OPERATIONS]
+
+
+def operations_without_stages() -> set[tuple[str, str]]:
+    """Functions of this table that have no stage. Remove them from it."""
+    return _OPERATIONS.keys() - {found[:2] for found in stages_in_source()}
 
 
 def points(*operations: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import FaultyAgent, Stage
-from tests.faults.points import points, stages_without_operation
+from tests.faults.points import operations_without_stages, points, stages_without_operation
 from tests.support.checkpoints import (
     abilities,
     checkpoint,
@@ -27,6 +27,7 @@ from tests.support.pods import POLITE, container_config, sandbox_config, shared_
 
 def test_every_stage_in_the_source_is_tested() -> None:
     assert stages_without_operation() == []
+    assert operations_without_stages() == set()
     tested = {point.partition(".")[0] for point in points()}
     assert tested == _SCENARIOS.keys()
 

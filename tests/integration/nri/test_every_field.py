@@ -281,7 +281,8 @@ def test_a_cdi_device_that_cannot_be_added_names_the_plugin(agent: AgentProcess,
             grpc.StatusCode.UNIMPLEMENTED,
             "NRI plugin 10-recorder: MemoryPolicy",
         ),
-        (Linux(cgroups_path="/elsewhere"), grpc.StatusCode.UNIMPLEMENTED, "NRI plugin 10-recorder: CgroupsPath"),
+        # UNIMPLEMENTED with the cgroupfs driver; INVALID_ARGUMENT with systemd's, where it does not have the form.
+        (Linux(cgroups_path="/elsewhere"), None, "NRI plugin 10-recorder: CgroupsPath: '/elsewhere' "),
         (Linux(sysctl={"vm.swappiness": "1"}), grpc.StatusCode.INVALID_ARGUMENT, "10-recorder: Sysctl vm.swappiness"),
         (
             Linux(sysctl={"net.no.such": "1"}),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -28,13 +29,18 @@ hypothesis.settings.load_profile("podkeel")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """An exception in a thread, a coroutine that is never awaited, and an error in a destructor fail the test.
+def pytest_collection_finish() -> None:
+    """Let the collections below look only at what tests make: they take milliseconds."""
+    gc.collect()
+    gc.freeze()
 
-    What is left open is only shown: the collector finds it at any time, often during another test.
-    """
-    for line in ("error", "default::ResourceWarning"):
-        config.addinivalue_line("filterwarnings", line)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """What a module leaves open fails its last test at the latest, and none of another module."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

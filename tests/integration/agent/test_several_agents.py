@@ -116,9 +116,11 @@ def test_pods_of_a_version_without_agent_ids_keep_running(own_agent: AgentProces
     container_id = own_agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), config)
     own_agent.client.start(container_id)
     own_agent.kill()
+    monitors = _monitors_of(own_agent)
     for folder in (own_agent.data, own_agent.run):
         (folder / "agent-id").unlink()
     own_agent.start()
+    asyncio.run(monitors.remove())  # the agent has moved conmon to the cgroup of its new id
     assert not sandbox_id.endswith((own_agent.data / "agent-id").read_text().strip())
     assert own_agent.client.findings() == []
     assert own_agent.client.exec(container_id, "true").exit_code == 0
@@ -127,6 +129,11 @@ def test_pods_of_a_version_without_agent_ids_keep_running(own_agent: AgentProces
     assert own_agent.client.findings() == []
     parent = own_agent.cgroup_parent.strip("/")
     assert not list(Path("/sys/fs/cgroup").glob(f"*/{parent}/{sandbox_id}"))
+
+
+def _monitors_of(agent: AgentProcess) -> MonitorCgroup:
+    """The cgroup of the agent's monitors, which only an agent with the same id removes."""
+    return MonitorCgroup(CgroupTree.of_host("auto"), "", (agent.data / "agent-id").read_text().strip())
 
 
 def _refusal(agent: AgentProcess, *more: str) -> str:
@@ -190,8 +197,7 @@ def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
     gone, new = AgentProcess(tmp_path / "gone"), AgentProcess(tmp_path / "new")
     gone.start()
     gone.kill()
-    cgroups = CgroupTree.of_host("auto")
-    monitors = MonitorCgroup(cgroups, "", (gone.data / "agent-id").read_text().strip())
+    monitors = _monitors_of(gone)
     shutil.rmtree(gone.data)
     for target in mounts.mounts_below(gone.run):
         mounts.unmount(target)
@@ -202,7 +208,7 @@ def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
         assert new.client.findings() == []
     finally:
         new.reset()
-        cgroups.remove(gone.cgroup_parent)
+        CgroupTree.of_host("auto").remove(gone.cgroup_parent)
         asyncio.run(monitors.remove())
 
 

@@ -108,8 +108,13 @@ async def test_an_endless_answer_fails_its_pull(new_node: NewNode, part: str) ->
     assert not late, [kind for kind, task in pulls.items() if task in late]
     refusals = {"PermissionDeniedError", "NotFoundError"}  # according to the status
     for kind, task in pulls.items():
+        if kind == "trailers" and "/blobs/" in part:  # all bytes have arrived before what never ends
+            assert task.result() == "pulled"
+            continue
         expected = refusals if "error" in kind else {KubeletReasonError.__name__}
         assert task.result() in expected | {KubeletReasonError.__name__}, kind
     assert len(done) == len(ENDLESS)
+    for image in node.store.images():
+        await node.store.remove(image.id)
     await node.forget_partials()
     assert await node.leftovers() == {}
